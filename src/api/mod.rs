@@ -1,0 +1,13 @@
+//! What callers use: a world, its communicators, buffers, handles and operations.
+
+mod buffer;
+mod communicator;
+mod input;
+mod pending;
+mod world;
+
+pub use buffer::{RecvBuffer, Source};
+pub use communicator::{Communicator, Handle};
+pub use input::{Combine, ExpertOutputs, Fp8Tokens, Routing, Rows, ScaleData, ScaleOrder, Scales, Tokens};
+pub use pending::{Combined, Dispatched, Failed, Pending};
+pub use world::LocalWorld;

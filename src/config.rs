@@ -1,0 +1,303 @@
+//! What a world is made of, decided once: the builder refuses what can't make progress.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::time::Duration;
+
+use crate::error::ConfigError;
+use crate::topology::{ExpertPlacement, Topology};
+
+/// The longest `topk` a slot header can carry.
+pub const MAX_TOPK: usize = 32;
+
+/// The settled configuration of a world. All ranks must hold an equal one; its hash is in every enter record.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Config {
+    pub(crate) name: String,
+    pub(crate) members: Vec<u64>,
+    pub(crate) topology: Topology,
+    pub(crate) placement: ExpertPlacement,
+    pub(crate) max_hidden: usize,
+    pub(crate) max_topk: usize,
+    pub(crate) channels: usize,
+    pub(crate) chunk_tokens: usize,
+    pub(crate) ring_slots: usize,
+    pub(crate) worker_budget: usize,
+    pub(crate) pool_bytes: usize,
+    pub(crate) deadline: Duration,
+    pub(crate) first_index: u64,
+}
+
+impl Config {
+    /// Starts from the defaults for `topology`; at least [`ConfigBuilder::experts`] must follow.
+    pub fn builder(topology: Topology) -> ConfigBuilder {
+        ConfigBuilder {
+            config: Config {
+                name: "world".into(),
+                members: (0..topology.world_size() as u64).collect(),
+                topology,
+                placement: ExpertPlacement::contiguous(0, topology.world_size()),
+                max_hidden: 8192,
+                max_topk: 8,
+                channels: 2,
+                chunk_tokens: 4,
+                ring_slots: 16,
+                worker_budget: std::thread::available_parallelism().map_or(1, |n| n.get()),
+                pool_bytes: 256 << 20,
+                deadline: Duration::from_secs(100),
+                first_index: 0,
+            },
+        }
+    }
+
+    /// Nodes and ranks.
+    pub fn topology(&self) -> Topology {
+        self.topology
+    }
+
+    /// Which rank owns which expert.
+    pub fn placement(&self) -> &ExpertPlacement {
+        &self.placement
+    }
+
+    /// Name of the world.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The caller's names of the ranks, in rank order.
+    pub fn members(&self) -> &[u64] {
+        &self.members
+    }
+
+    /// Independent lanes, each with its own rings and its own contiguous share of the tokens.
+    pub fn channels(&self) -> usize {
+        self.channels
+    }
+
+    /// Tokens published by one tail update.
+    pub fn chunk_tokens(&self) -> usize {
+        self.chunk_tokens
+    }
+
+    /// Slots of each ring.
+    pub fn ring_slots(&self) -> usize {
+        self.ring_slots
+    }
+
+    /// Host threads that drive the roles: the host engine's counterpart of an SM budget.
+    pub fn worker_budget(&self) -> usize {
+        self.worker_budget
+    }
+
+    /// The one deadline of all waits.
+    pub fn deadline(&self) -> Duration {
+        self.deadline
+    }
+
+    /// What all ranks of a world must agree on, as one number. Worker budget and deadline are a rank's own.
+    pub(crate) fn agreement_hash(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        let shape = (self.max_hidden, self.max_topk, self.channels, self.chunk_tokens, self.ring_slots);
+        (&self.name, &self.members, self.topology, &self.placement, shape).hash(&mut hasher);
+        hasher.finish()
+    }
+
+    /// The contiguous range of a rank's `tokens` that `channel` owns.
+    pub(crate) fn channel_range(&self, channel: usize, tokens: usize) -> std::ops::Range<usize> {
+        tokens * channel / self.channels..tokens * (channel + 1) / self.channels
+    }
+}
+
+/// Collects settings; [`ConfigBuilder::build`] checks them together.
+#[derive(Debug, Clone)]
+pub struct ConfigBuilder {
+    config: Config,
+}
+
+impl ConfigBuilder {
+    /// Number of experts, placed contiguously: the first `num_experts % world_size` ranks own one more.
+    pub fn experts(mut self, num_experts: usize) -> Self {
+        self.config.placement = ExpertPlacement::contiguous(num_experts, self.config.topology.world_size());
+        self
+    }
+
+    /// An explicit expert placement.
+    pub fn placement(mut self, placement: ExpertPlacement) -> Self {
+        self.config.placement = placement;
+        self
+    }
+
+    /// Name of the world: several may coexist in a process.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.config.name = name.into();
+        self
+    }
+
+    /// The caller's names (ranks of the whole job, say) of this world's members, in rank order.
+    pub fn members(mut self, members: impl Into<Vec<u64>>) -> Self {
+        self.config.members = members.into();
+        self
+    }
+
+    /// The largest `hidden` (elements per row) any operation will use; sizes the rings.
+    pub fn max_hidden(mut self, hidden: usize) -> Self {
+        self.config.max_hidden = hidden;
+        self
+    }
+
+    /// The largest `topk` any operation will use, at most [`MAX_TOPK`]; sizes the rings.
+    pub fn max_topk(mut self, topk: usize) -> Self {
+        self.config.max_topk = topk;
+        self
+    }
+
+    /// Number of channels: the host engine works on at most this many pieces of one rank at a time.
+    pub fn channels(mut self, channels: usize) -> Self {
+        self.config.channels = channels;
+        self
+    }
+
+    /// Tokens published by one tail update.
+    pub fn chunk_tokens(mut self, tokens: usize) -> Self {
+        self.config.chunk_tokens = tokens;
+        self
+    }
+
+    /// Slots of each ring: a power of two, at least one chunk.
+    pub fn ring_slots(mut self, slots: usize) -> Self {
+        self.config.ring_slots = slots;
+        self
+    }
+
+    /// Host threads that drive the roles of all ranks of this process.
+    pub fn worker_budget(mut self, threads: usize) -> Self {
+        self.config.worker_budget = threads;
+        self
+    }
+
+    /// Bytes of each rank's pool: receive buffers and expert outputs that peers touch come from it. Pages
+    /// are taken from the system as they are first used.
+    pub fn pool_bytes(mut self, bytes: usize) -> Self {
+        self.config.pool_bytes = bytes;
+        self
+    }
+
+    /// The deadline of every wait.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.config.deadline = deadline;
+        self
+    }
+
+    /// Where all indices start. Tests set it near the 48-bit wrap.
+    #[doc(hidden)]
+    pub fn first_index(mut self, index: u64) -> Self {
+        self.config.first_index = index;
+        self
+    }
+
+    /// Checks everything together.
+    ///
+    /// # Errors
+    /// A configuration that could not make progress, with the reason and the nearest value that works.
+    pub fn build(self) -> Result<Config, ConfigError> {
+        let c = &self.config;
+        let world = c.topology.world_size();
+        let check = |ok: bool, field, value: usize, reason: &str, nearest: Option<usize>| match ok {
+            true => Ok(()),
+            false => Err(ConfigError {
+                field,
+                value: value as u64,
+                reason: reason.into(),
+                nearest: nearest.map(|n| n as u64),
+            }),
+        };
+        let experts = c.placement.num_experts();
+        check(experts > 0, "experts", experts, "a world has at least one expert", Some(1))?;
+        check(
+            experts <= i32::MAX as usize,
+            "experts",
+            experts,
+            "expert ids are 32-bit",
+            Some(i32::MAX as usize),
+        )?;
+        let placed = c.placement.world_size();
+        check(placed == world, "placement", placed, "made for another world size", Some(world))?;
+        let members = c.members.len();
+        check(members == world, "members", members, "as many members as ranks are needed", Some(world))?;
+        let mut unique = c.members.clone();
+        unique.sort_unstable();
+        unique.dedup();
+        check(unique.len() == world, "members", unique.len(), "members must differ", Some(world))?;
+        check(c.max_hidden > 0, "max_hidden", c.max_hidden, "rows have at least 16 bytes", Some(8))?;
+        check(
+            c.max_hidden <= 1 << 24,
+            "max_hidden",
+            c.max_hidden,
+            "rows have at most 2^24 elements",
+            Some(1 << 24),
+        )?;
+        let topk_ok = (1..=MAX_TOPK).contains(&c.max_topk);
+        check(
+            topk_ok,
+            "max_topk",
+            c.max_topk,
+            "1 to 32 entries per token",
+            Some(c.max_topk.clamp(1, MAX_TOPK)),
+        )?;
+        let channels_ok = (1..=1024).contains(&c.channels);
+        check(channels_ok, "channels", c.channels, "1 to 1024 channels", Some(c.channels.clamp(1, 1024)))?;
+        check(c.chunk_tokens > 0, "chunk_tokens", 0, "an empty chunk publishes nothing", Some(1))?;
+        check(
+            c.chunk_tokens <= 1 << 20,
+            "chunk_tokens",
+            c.chunk_tokens,
+            "at most 2^20 tokens",
+            Some(1 << 20),
+        )?;
+        let slots = c.ring_slots.max(c.chunk_tokens).next_power_of_two();
+        let (ring, reason) =
+            (c.ring_slots, "the ring must hold a chunk, or its sender could never publish one");
+        check(ring >= c.chunk_tokens, "ring_slots", ring, reason, Some(slots))?;
+        check(
+            ring.is_power_of_two(),
+            "ring_slots",
+            ring,
+            "a ring has a power-of-two number of slots",
+            Some(slots),
+        )?;
+        check(c.worker_budget > 0, "worker_budget", 0, "no thread would drive the roles", Some(1))?;
+        check(!c.deadline.is_zero(), "deadline", 0, "every wait would expire at once", Some(1))?;
+        Ok(self.config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(change: impl FnOnce(ConfigBuilder) -> ConfigBuilder) -> ConfigError {
+        change(Config::builder(Topology::new(2, 2).unwrap()).experts(4)).build().unwrap_err()
+    }
+
+    #[test]
+    fn what_cannot_make_progress_is_refused_with_what_would_work() {
+        let ring = refused(|b| b.chunk_tokens(12).ring_slots(8));
+        assert_eq!((ring.field, ring.nearest), ("ring_slots", Some(16)));
+        assert_eq!(refused(|b| b.ring_slots(12)).nearest, Some(16));
+        assert_eq!(refused(|b| b.chunk_tokens(0)).nearest, Some(1));
+        assert_eq!(refused(|b| b.worker_budget(0)).field, "worker_budget");
+        assert_eq!(refused(|b| b.max_topk(33)).nearest, Some(32));
+        assert_eq!(refused(|b| b.channels(0)).field, "channels");
+        assert_eq!(refused(|b| b.experts(0)).field, "experts");
+        assert_eq!(refused(|b| b.members([1, 1, 2, 3])).field, "members");
+        assert_eq!(refused(|b| b.placement(ExpertPlacement::contiguous(4, 2))).field, "placement");
+        assert!(refused(|b| b.deadline(Duration::ZERO)).to_string().contains("deadline"));
+    }
+
+    #[test]
+    fn channels_share_the_tokens() {
+        let config = Config::builder(Topology::new(1, 1).unwrap()).experts(1).channels(3).build().unwrap();
+        let ranges: Vec<_> = (0..3).map(|channel| config.channel_range(channel, 7)).collect();
+        assert_eq!(ranges, [0..2, 2..4, 4..7]);
+    }
+}

@@ -1,0 +1,325 @@
+//! The host engine: a fixed pool of threads, the worker budget, drives the roles of all ranks of the process.
+//!
+//! A worker takes a doorbell ticket, steps every task it can lock, and sleeps on the ticket when nothing moved.
+//! Nobody spins: ranks may outnumber cores many times, and ranks without an operation cost nothing.
+
+mod control;
+mod port;
+mod run;
+mod watch;
+
+pub use control::Control;
+pub use port::{CallerBuffers, HostPort};
+pub use run::{Keep, Run};
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crate::config::Config;
+use crate::error::{Cause, ConfigError, Error, Fault, Wait};
+use crate::fabric::Fabric;
+use crate::fabric::doorbell::Doorbell;
+use crate::fabric::local::LocalFabric;
+use crate::fabric::memory::Region;
+use crate::proto::{Progress, Step};
+use crate::wire::region::{LANES, RegionMap};
+use run::{Slot, lock};
+
+/// Passes without progress before a worker sleeps; it yields in between, for another worker's step may end.
+const IDLE_PASSES: u32 = 4;
+
+/// The longest sleep while operations are in flight: how late an expired deadline may be noticed.
+const WATCH_INTERVAL: Duration = Duration::from_millis(50);
+
+/// Everything the ranks of an in-process world share.
+pub struct World {
+    /// The configuration, equal on all ranks.
+    pub config: Arc<Config>,
+    /// The map of every region.
+    pub map: Arc<RegionMap>,
+    /// One region per rank.
+    pub regions: Arc<[Region]>,
+    /// The control channel.
+    pub control: Control,
+    fabric: Arc<dyn Fabric>,
+    doorbell: Arc<Doorbell>,
+    /// Runs whose tasks are stepped, in the order they were submitted.
+    active: Mutex<Vec<Arc<Run>>>,
+    /// Raised with every change of `active`: workers keep a copy.
+    version: AtomicU64,
+    /// By rank and lane: the active run and those queued behind it. Operations of a lane are sequential.
+    lanes: Vec<Mutex<VecDeque<Arc<Run>>>>,
+    started: Instant,
+    stop: AtomicBool,
+}
+
+/// The threads of a world. Dropping it stops them; runs still active are abandoned.
+pub struct Engine {
+    world: Arc<World>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+impl Engine {
+    /// Maps the regions of all ranks and starts the workers. `wrap` may put another fabric around the local
+    /// one.
+    ///
+    /// # Errors
+    /// The system refuses the memory or a thread.
+    pub fn new(
+        config: Config,
+        wrap: impl FnOnce(Arc<dyn Fabric>) -> Arc<dyn Fabric>,
+    ) -> Result<Self, ConfigError> {
+        let refused = |field, value: usize, error: std::io::Error| ConfigError {
+            field,
+            value: value as u64,
+            reason: error.to_string(),
+            nearest: None,
+        };
+        let map = Arc::new(RegionMap::new(&config));
+        let world_size = config.topology().world_size();
+        let bytes = map.memory.region;
+        let region = |_| Region::new(bytes).map_err(|error| refused("region bytes", bytes, error));
+        let regions = (0..world_size).map(region).collect::<Result<Arc<[_]>, _>>()?;
+        let doorbell = Arc::new(Doorbell::default());
+        let world = Arc::new(World {
+            fabric: wrap(Arc::new(LocalFabric::new(regions.clone(), doorbell.clone()))),
+            control: Control::new(world_size),
+            config: Arc::new(config),
+            map,
+            regions,
+            doorbell,
+            active: Mutex::default(),
+            version: AtomicU64::new(1),
+            lanes: (0..world_size * LANES.len()).map(|_| Mutex::default()).collect(),
+            started: Instant::now(),
+            stop: AtomicBool::new(false),
+        });
+        let mut engine = Self { world: world.clone(), workers: Vec::new() };
+        for index in 0..world.config.worker_budget() {
+            let (world, name) = (world.clone(), format!("railhop-{index}"));
+            let worker = thread::Builder::new().name(name).spawn(move || Worker::new(&world, index).work());
+            engine.workers.push(worker.map_err(|error| refused("worker_budget", index, error))?);
+        }
+        Ok(engine)
+    }
+
+    /// What the ranks share.
+    pub fn world(&self) -> &Arc<World> {
+        &self.world
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.world.stop.store(true, Ordering::Release);
+        self.world.doorbell.ring();
+        for worker in self.workers.drain(..) {
+            let _ = worker.join();
+        }
+        // Breaks the cycle of a run that is never taken: its buffers hold the world.
+        lock(&self.world.active).clear();
+        self.world.lanes.iter().for_each(|lane| lock(lane).clear());
+    }
+}
+
+impl World {
+    fn lane(&self, run: &Run) -> &Mutex<VecDeque<Arc<Run>>> {
+        &self.lanes[run.rank * LANES.len() + run.op.lane() as usize]
+    }
+
+    /// Starts `run` when the earlier runs of its rank and lane are over.
+    pub fn submit(&self, run: Arc<Run>) {
+        let mut lane = lock(self.lane(&run));
+        lane.push_back(run);
+        if lane.len() == 1 {
+            self.activate(&lane[0]);
+        }
+    }
+
+    fn activate(&self, run: &Arc<Run>) {
+        run.moved_at.store(self.micros(), Ordering::Relaxed);
+        lock(&self.active).push(run.clone());
+        self.version.fetch_add(1, Ordering::Release);
+        self.doorbell.ring();
+    }
+
+    fn finish(&self, run: &Arc<Run>) {
+        let result = match (run.op.result(), self.control.fault()) {
+            // Every task ended of itself: the operation is complete, whatever happened since.
+            (Some(result), _) if !run.was_stopped() => result.clone(),
+            (_, Some(fault)) => Err(Error::Fault(fault)),
+            (result, None) => result.expect("tasks end of themselves or by a fault").clone(),
+        };
+        lock(&self.active).retain(|other| !Arc::ptr_eq(other, run));
+        self.version.fetch_add(1, Ordering::Release);
+        let mut lane = lock(self.lane(run));
+        lane.pop_front();
+        if let Some(next) = lane.front() {
+            self.activate(next);
+        }
+        drop(lane);
+        run.finish(result);
+    }
+
+    /// Whether `rank` has no run left.
+    fn is_idle(&self, rank: usize) -> bool {
+        LANES.iter().all(|&lane| lock(&self.lanes[rank * LANES.len() + lane as usize]).is_empty())
+    }
+
+    /// `rank` is gone: whoever still waits for it gets a fault.
+    pub fn depart(&self, rank: usize) {
+        self.control.depart(rank);
+        self.doorbell.ring();
+    }
+
+    /// Collective: ends the rank's runs, meets all ranks, raises the generation.
+    ///
+    /// # Errors
+    /// Not all ranks come within the deadline.
+    pub fn reset(&self, rank: usize) -> Result<(), Error> {
+        // Runs have an end: they complete, or a wait of theirs expires.
+        while !self.is_idle(rank) {
+            thread::sleep(Duration::from_millis(1));
+        }
+        self.control.reset(rank, self.config.deadline)
+    }
+
+    fn micros(&self) -> u64 {
+        self.started.elapsed().as_micros() as u64
+    }
+
+    fn broadcast(&self, fault: Fault) {
+        self.control.broadcast(fault);
+        self.doorbell.ring();
+    }
+}
+
+struct Worker<'a> {
+    world: &'a World,
+    index: usize,
+    version: u64,
+    runs: Vec<Arc<Run>>,
+}
+
+impl<'a> Worker<'a> {
+    fn new(world: &'a World, index: usize) -> Self {
+        Self { world, index, version: 0, runs: Vec::new() }
+    }
+
+    fn work(&mut self) {
+        let mut idle = 0;
+        while !self.world.stop.load(Ordering::Acquire) {
+            let ticket = self.world.doorbell.ticket();
+            self.refresh();
+            if self.pass() {
+                idle = 0;
+            } else if idle < IDLE_PASSES {
+                idle += 1;
+                thread::yield_now();
+            } else {
+                let longest = if self.runs.is_empty() { Duration::from_secs(3600) } else { WATCH_INTERVAL };
+                self.world.doorbell.wait(ticket, longest.min(self.world.config.deadline));
+            }
+        }
+    }
+
+    fn refresh(&mut self) {
+        let version = self.world.version.load(Ordering::Acquire);
+        if version != self.version {
+            self.version = version;
+            self.runs.clone_from(&lock(&self.world.active));
+        }
+    }
+
+    /// Steps every task once that no other worker has; whether anything moved.
+    fn pass(&self) -> bool {
+        let (now, micros) = (Instant::now(), self.world.micros());
+        // Workers start at different ranks, so as not to meet at the same tasks.
+        let first = self.index * self.runs.len() / self.world.config.worker_budget();
+        let (tail, head) = self.runs.split_at(first);
+        let mut moved = false;
+        for run in head.iter().chain(tail) {
+            let fault = self.world.control.fault();
+            for slot in &run.tasks {
+                let Ok(mut slot) = slot.try_lock() else { continue };
+                if slot.task.is_none() {
+                    continue;
+                }
+                if fault.is_some() {
+                    run.stop();
+                    self.retire(run, &mut slot);
+                    moved = true;
+                    continue;
+                }
+                match self.step(run, &mut slot) {
+                    Ok(Progress::Moved) => {
+                        slot.blocked = None;
+                        run.moved_at.store(micros, Ordering::Relaxed);
+                        moved = true;
+                    }
+                    Ok(Progress::Done) => {
+                        self.retire(run, &mut slot);
+                        moved = true;
+                    }
+                    Ok(Progress::Pending) => slot.blocked = None,
+                    Ok(Progress::Blocked(wait)) => {
+                        let since = slot.blocked.map_or(now, |(since, _)| since);
+                        slot.blocked = Some((since, wait));
+                        drop(slot);
+                        self.watch(run, wait, now - since, micros);
+                    }
+                    Err(fault) => self.world.broadcast(fault),
+                }
+            }
+        }
+        moved
+    }
+
+    /// Takes a task out of its run; the last one ends the run.
+    fn retire(&self, run: &Arc<Run>, slot: &mut Slot) {
+        slot.task = None;
+        slot.blocked = None;
+        if run.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.world.finish(run);
+        }
+    }
+
+    fn step(&self, run: &Run, slot: &mut Slot) -> Result<Progress, Fault> {
+        let port = HostPort { world: self.world, rank: run.rank, buffers: &run.buffers };
+        let task = slot.task.as_mut().expect("checked by the caller");
+        let mut step = || task.step(&port);
+        let stepped = catch_unwind(AssertUnwindSafe(|| match step() {
+            // A peer may have signalled and left after the wait was seen: what it signalled before it left
+            // is visible to a step after that.
+            Progress::Blocked(wait) if self.world.control.has_departed(wait.peer) => match step() {
+                Progress::Blocked(still) if still.peer == wait.peer => Err(still),
+                progress => Ok(progress),
+            },
+            progress => Ok(progress),
+        }));
+        match stepped {
+            Ok(Ok(progress)) => Ok(progress),
+            Ok(Err(wait)) => Err(watch::fault(run, wait, Cause::Departed)),
+            Err(panic) => {
+                let text = panic.downcast_ref::<String>().map(String::as_str);
+                let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("unknown").to_string();
+                let (rank, started) = (run.rank, run.op.started());
+                let (kind, epoch, cause) = (started.kind, started.epoch, Cause::Panicked(text));
+                Err(Fault { rank, cause, reporter: rank, kind, epoch, wait: None })
+            }
+        }
+    }
+
+    /// Ends the world's operations if a wait has outlived the deadline and nothing else of its run moved.
+    fn watch(&self, run: &Run, wait: Wait, waited: Duration, micros: u64) {
+        let deadline = self.world.config.deadline;
+        let still = Duration::from_micros(micros.saturating_sub(run.moved_at.load(Ordering::Relaxed)));
+        if waited.min(still) > deadline {
+            self.world.broadcast(watch::blame(self.world, &self.runs, run, wait));
+        }
+    }
+}

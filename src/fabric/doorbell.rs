@@ -1,0 +1,43 @@
+//! An event count: workers that found nothing to do sleep until something is published.
+
+use std::time::Duration;
+
+use crate::sync::{AtomicU64, AtomicUsize, Condvar, Mutex, Ordering};
+
+/// Rung after every publication. No wake-up is lost: a worker takes a ticket, looks for work, and sleeps only
+/// while no ring has come since the ticket.
+#[derive(Debug, Default)]
+pub struct Doorbell {
+    rings: AtomicU64,
+    // A ringer increments `rings`, then reads `sleepers`; a sleeper increments `sleepers`, then reads
+    // `rings`. Both are SeqCst, so at least one of them sees the other.
+    sleepers: AtomicUsize,
+    lock: Mutex<()>,
+    wake: Condvar,
+}
+
+impl Doorbell {
+    /// What [`Doorbell::wait`] compares with; take it before looking for work.
+    pub fn ticket(&self) -> u64 {
+        self.rings.load(Ordering::SeqCst)
+    }
+
+    /// Wakes whoever sleeps, and makes every ticket taken so far stale.
+    pub fn ring(&self) {
+        self.rings.fetch_add(1, Ordering::SeqCst);
+        if self.sleepers.load(Ordering::SeqCst) > 0 {
+            drop(self.lock.lock());
+            self.wake.notify_all();
+        }
+    }
+
+    /// Sleeps until a ring after `ticket`, at most `timeout`.
+    pub fn wait(&self, ticket: u64, timeout: Duration) {
+        self.sleepers.fetch_add(1, Ordering::SeqCst);
+        let guard = self.lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if self.ticket() == ticket {
+            drop(self.wake.wait_timeout(guard, timeout));
+        }
+        self.sleepers.fetch_sub(1, Ordering::SeqCst);
+    }
+}

@@ -1,0 +1,22 @@
+//! What carries puts and signals, and the memory they land in.
+//!
+//! - [`memory`]: one mapped region per rank.
+//! - [`local`]: ranks are threads of one process.
+//! - [`doorbell`]: how a fabric wakes the engine.
+//! - [`sim`]: a seeded simulator with delay, reordering and loss, for tests.
+
+pub mod doorbell;
+pub mod local;
+pub mod memory;
+pub mod sim;
+
+/// Carries what crosses ranks. The contract is one sentence: *an index becomes visible only after the data
+/// put before it on the same channel*; nothing is promised between channels or peers.
+pub trait Fabric: Send + Sync {
+    /// Writes `parts`, one after the other, at `offset` in the region of `to`.
+    fn put(&self, from: usize, to: usize, offset: usize, parts: &[&[u8]]);
+
+    /// Publishes `value` in the index word at offset `word` of `to`, after all that the calling thread has
+    /// put (and stored in peers' memory) before.
+    fn signal(&self, from: usize, to: usize, word: usize, value: u64);
+}

@@ -1,0 +1,213 @@
+//! The forwarder of dispatch: from the rail (or the own input) to the final rows (D3–D5).
+
+use std::sync::Arc;
+
+use super::encoder::Encoder;
+use super::plan::{FinalRow, Placed, RunOffsets, local_on, locals};
+use super::{Op, Port, Progress, RecvRing, both};
+use crate::config::MAX_TOPK;
+use crate::error::Role;
+use crate::topology::MAX_RANKS_PER_NODE;
+use crate::wire::ROW_ALIGN;
+use crate::wire::shape::{DispatchSlot, Header, MAX_HEADER_WORDS, RecvLayout, header_words};
+
+/// Forwards one channel's tokens from all ranks of its rail.
+pub struct Forwarder {
+    op: Arc<Op>,
+    channel: usize,
+    incoming: Option<Vec<Incoming>>,
+    finished: bool,
+}
+
+struct Incoming {
+    node: usize,
+    source: Source,
+    /// Tokens forwarded, and how many there are.
+    next: usize,
+    count: usize,
+    placed: Placed,
+}
+
+enum Source {
+    Ring(RecvRing),
+    /// Tokens for the own node skip hop 1.
+    Own(RunOffsets),
+    /// The pair is not open: nothing comes.
+    Closed,
+}
+
+impl Forwarder {
+    pub(super) fn new(op: Arc<Op>, channel: usize) -> Self {
+        Self { op, channel, incoming: None, finished: false }
+    }
+
+    pub(super) fn op(&self) -> &Op {
+        &self.op
+    }
+
+    pub(super) fn channel(&self) -> usize {
+        self.channel
+    }
+
+    pub(super) fn step(&mut self, port: &impl Port, encoder: &mut Encoder) -> Progress {
+        let (op, channel) = (&self.op, self.channel);
+        let (Some(open), Some(node)) = (op.open.get(), op.node.get()) else { return Progress::Pending };
+        let incoming = self.incoming.get_or_insert_with(|| {
+            (0..op.nodes()).map(|source| Incoming::new(op, channel, source, open[source], port)).collect()
+        });
+        let rows = Rows::new(op, node.good, &node.buffers);
+        let mut progress = Progress::Done;
+        for source in incoming.iter_mut() {
+            progress = both(progress, source.step(op, channel, &rows, port, encoder));
+        }
+        if progress == Progress::Done && !self.finished {
+            self.finished = true;
+            if node.good {
+                let placed = self.incoming.take().unwrap_or_default().into_iter().map(|source| source.placed);
+                // A cached dispatch finds the same rows there already.
+                let _ = op.plan.placed[channel].set(placed.collect());
+                self.incoming = Some(Vec::new());
+            }
+        }
+        progress
+    }
+}
+
+impl Incoming {
+    fn new(op: &Op, channel: usize, node: usize, open: bool, port: &impl Port) -> Self {
+        let count = match (open, op.plan.arrivals.get()) {
+            (true, Some(arrivals)) => arrivals.tokens(&op.config, node, channel),
+            _ => 0,
+        };
+        let source = match (open, node == op.node_index()) {
+            (false, _) => Source::Closed,
+            (true, true) => Source::Own(RunOffsets::new(&op.config, node)),
+            (true, false) => Source::Ring(op.recv_ring(port, channel, node)),
+        };
+        let placed = Placed::with_capacity(&op.config, op.shape.topk, count);
+        Self { node, source, next: 0, count, placed }
+    }
+
+    /// Forwards at most a chunk.
+    fn step(
+        &mut self,
+        op: &Op,
+        channel: usize,
+        rows: &Rows<'_>,
+        port: &impl Port,
+        encoder: &mut Encoder,
+    ) -> Progress {
+        let mut n = op.config.chunk_tokens.min(self.count - self.next);
+        if n == 0 {
+            return Progress::Done;
+        }
+        match &mut self.source {
+            Source::Closed => return Progress::Done,
+            Source::Own(_) if !rows.good => {}
+            Source::Own(offsets) => {
+                let targets = op.plan.sends.targets(&op.config, channel, self.node);
+                for &token in &targets[self.next..self.next + n] {
+                    let mut words = [0; MAX_HEADER_WORDS];
+                    let words = &mut words[..header_words(op.shape.topk)];
+                    offsets.write(&op.config, &op.plan.routing, token as usize, words);
+                    let (row, scales) = encoder.encode(port, token as usize);
+                    rows.place(port, channel, self.node, words, row, scales, &mut self.placed);
+                }
+            }
+            Source::Ring(ring) => {
+                n = match ring.available(port, n, Role::Forwarder) {
+                    Ok(n) => n,
+                    Err(wait) => return Progress::Blocked(wait),
+                };
+                for _ in 0..n {
+                    if rows.good {
+                        let slot = port.own(ring.slot(), rows.slot.pitch);
+                        let words = bytemuck::cast_slice(&slot[..rows.slot.row]);
+                        let (row, scales) =
+                            (&slot[rows.slot.row..rows.slot.scales], &slot[rows.slot.scales..]);
+                        rows.place(port, channel, self.node, words, row, scales, &mut self.placed);
+                    }
+                    ring.take(1);
+                }
+                ring.release(port);
+            }
+        }
+        self.next += n;
+        Progress::Moved
+    }
+}
+
+/// The receive buffers of the node, by local rank.
+struct Rows<'a> {
+    op: &'a Op,
+    good: bool,
+    slot: DispatchSlot,
+    buffers: &'a [super::Buffer],
+}
+
+impl<'a> Rows<'a> {
+    fn new(op: &'a Op, good: bool, buffers: &'a [super::Buffer]) -> Self {
+        Self { op, good, slot: op.dispatch_slot(), buffers }
+    }
+
+    /// Writes a token to its final row at every local rank that wants it.
+    #[expect(clippy::too_many_arguments, reason = "the parts of a slot, wherever they lie")]
+    fn place(
+        &self,
+        port: &impl Port,
+        channel: usize,
+        node: usize,
+        header: &[u32],
+        row: &[u8],
+        scales: &[u8],
+        placed: &mut Placed,
+    ) {
+        let op = self.op;
+        let header = Header::new(header, op.shape.topk);
+        let mut offsets = [0; MAX_RANKS_PER_NODE];
+        let mut here = 0u64;
+        for (&expert, &offset) in header.experts().iter().zip(header.offsets()) {
+            if let Some(local) = local_on(&op.config, op.node_index(), expert) {
+                offsets[local] = offset;
+                here |= 1 << local;
+            }
+        }
+        let bases = op.plan.arrivals.get().expect("E3 precedes D3").bases(&op.config, node, channel);
+        let source = [op.rail_peer(node) as u32, header.token()];
+        placed.push(
+            locals(here).map(|local| FinalRow { local: local as u32, row: bases[local] + offsets[local] }),
+        );
+        for local in locals(here) {
+            let at = (bases[local] + offsets[local]) as usize;
+            let rank = op.node_peer(local);
+            let buffer = &self.buffers[local];
+            let layout = RecvLayout::new(op.shape, buffer.capacity);
+            let store = |part: usize, pitch: usize, bytes: &[u8]| {
+                port.store(rank, buffer.offset + part + at * pitch, bytes);
+            };
+            store(layout.x, row.len(), row);
+            if !scales.is_empty() {
+                store(layout.scales, scales.len(), scales);
+            }
+            let (experts, weights) = self.at_rank(&header, rank);
+            let topk = op.shape.topk;
+            store(layout.topk_idx, 4 * topk, bytemuck::cast_slice(&experts[..topk]));
+            store(layout.topk_weights, 4 * topk, bytemuck::cast_slice(&weights[..topk]));
+            store(layout.source, size_of_val(&source), bytemuck::bytes_of(&source));
+        }
+    }
+
+    /// The token's entries as `rank` sees them: local indices and weights, −1 and 0 for experts elsewhere.
+    fn at_rank(&self, header: &Header<&[u32]>, rank: usize) -> ([i32; MAX_TOPK], [u32; MAX_TOPK]) {
+        let placement = &self.op.config.placement;
+        let (mut experts, mut weights) = ([-1; MAX_TOPK], [0; MAX_TOPK]);
+        for (k, (&expert, &weight)) in header.experts().iter().zip(header.weights()).enumerate() {
+            if expert >= 0 && placement.rank_of(expert as usize) == rank {
+                (experts[k], weights[k]) = (placement.local_index(expert as usize) as i32, weight);
+            }
+        }
+        (experts, weights)
+    }
+}
+
+const _: () = assert!(ROW_ALIGN % align_of::<u32>() == 0, "headers are read as 32-bit words");

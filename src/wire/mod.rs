@@ -1,0 +1,23 @@
+//! What a GPU, a NIC and a peer must agree on. Offsets, strides and constants of everything that crosses a
+//! rank boundary stand here and nowhere else.
+//!
+//! - [`word`]: index words (generation and index in one `u64`) and their arithmetic.
+//! - [`shape`]: row formats, token slots of the rings and the layout of receive buffers.
+//! - [`record`]: the records that open an operation, and the count block.
+//! - [`region`]: the symmetric region: every offset and the total size from one pass.
+
+pub mod record;
+pub mod region;
+pub mod shape;
+pub mod word;
+
+/// Alignment of rows, scales and headers: the unit of bulk copies.
+pub const ROW_ALIGN: usize = 16;
+
+/// Distance of things written by different ranks: a line is never shared by two writers.
+pub const LINE: usize = 64;
+
+/// `n` rounded up to a multiple of `align`.
+pub const fn align_up(n: usize, align: usize) -> usize {
+    n.div_ceil(align) * align
+}

@@ -1,0 +1,267 @@
+//! The records that open an operation, as they lie in memory, and the block of counts.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::config::Config;
+use crate::error::{Error, Kind, Reason, Started, Tensor};
+
+/// [`Started`] on the wire.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+pub struct StartedRecord {
+    epoch: u64,
+    plan: u64,
+    config: u64,
+    kind: u32,
+    hidden: u32,
+    topk: u32,
+    format: u32,
+}
+
+impl From<&Started> for StartedRecord {
+    fn from(s: &Started) -> Self {
+        let (epoch, plan, config) = (s.epoch, s.plan, s.config);
+        Self { epoch, plan, config, kind: s.kind as u32, hidden: s.hidden, topk: s.topk, format: s.format }
+    }
+}
+
+impl StartedRecord {
+    /// What was started. A code no version knows reads as a plan, which then differs in its other fields.
+    pub fn read(&self) -> Started {
+        let Self { epoch, plan, config, hidden, topk, format, kind } = *self;
+        Started {
+            kind: Kind::from_code(kind).unwrap_or(Kind::Plan),
+            epoch,
+            plan,
+            config,
+            hidden,
+            topk,
+            format,
+        }
+    }
+}
+
+/// A [`Reason`] on the wire; all zero for none.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+pub struct ReasonRecord {
+    code: u64,
+    args: [u64; 4],
+}
+
+impl From<Option<Reason>> for ReasonRecord {
+    fn from(reason: Option<Reason>) -> Self {
+        let Some(reason) = reason else { return Self::zeroed() };
+        let (code, args) = match reason {
+            Reason::ExpertOutOfRange { token, k, expert, num_experts } => {
+                (1, [token, k, expert as u64, num_experts])
+            }
+            Reason::WrongSize { tensor, expected, got } => (2, [tensor as u64, expected, got, 0]),
+            Reason::BufferTooSmall { needed, capacity } => (3, [needed, capacity, 0, 0]),
+            Reason::HiddenNotAligned { hidden, multiple } => (4, [hidden, multiple, 0, 0]),
+            Reason::HiddenTooLarge { hidden, max } => (5, [hidden, max, 0, 0]),
+            Reason::TopkOutOfRange { topk, max } => (6, [topk, max, 0, 0]),
+            Reason::FormatMismatch => (7, [0; 4]),
+            Reason::Foreign => (8, [0; 4]),
+            Reason::StaleHandle => (9, [0; 4]),
+            Reason::NotDispatched => (10, [0; 4]),
+            Reason::PoolExhausted { needed, largest } => (11, [needed, largest, 0, 0]),
+        };
+        Self { code, args }
+    }
+}
+
+impl ReasonRecord {
+    /// The reason, if there is one.
+    pub fn read(&self) -> Option<Reason> {
+        let [a, b, c, d] = self.args;
+        Some(match self.code {
+            1 => Reason::ExpertOutOfRange { token: a, k: b, expert: c as i64, num_experts: d },
+            2 => Reason::WrongSize { tensor: tensor(a), expected: b, got: c },
+            3 => Reason::BufferTooSmall { needed: a, capacity: b },
+            4 => Reason::HiddenNotAligned { hidden: a, multiple: b },
+            5 => Reason::HiddenTooLarge { hidden: a, max: b },
+            6 => Reason::TopkOutOfRange { topk: a, max: b },
+            7 => Reason::FormatMismatch,
+            8 => Reason::Foreign,
+            9 => Reason::StaleHandle,
+            10 => Reason::NotDispatched,
+            11 => Reason::PoolExhausted { needed: a, largest: b },
+            _ => return None,
+        })
+    }
+}
+
+fn tensor(code: u64) -> Tensor {
+    let all = [
+        Tensor::TopkIdx,
+        Tensor::TopkWeights,
+        Tensor::X,
+        Tensor::Scales,
+        Tensor::ExpertOutputs,
+        Tensor::Bias,
+    ];
+    all.into_iter().find(|&tensor| tensor as u64 == code).unwrap_or(Tensor::X)
+}
+
+/// Opens an operation towards the peers of the node: what was started, why it is poisoned (if it is), and
+/// the buffer that peers will touch.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub struct EnterRecord {
+    /// What was started.
+    pub started: StartedRecord,
+    /// Why the rank's input is invalid.
+    pub poison: ReasonRecord,
+    /// Offset of the buffer in the rank's region.
+    pub offset: u64,
+    /// Rows the buffer holds.
+    pub capacity: u64,
+}
+
+/// Opens an operation towards a peer of the rail; the count block follows where the operation plans.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+pub struct RailRecord {
+    /// What was started.
+    pub started: StartedRecord,
+    /// Why the rank's input is invalid.
+    pub poison: ReasonRecord,
+}
+
+/// A node's verdict on an operation: good, refused for one rank's reason, or out of step.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
+pub struct VerdictRecord {
+    rank: u32,
+    reference: u32,
+    state: u64,
+    reason: ReasonRecord,
+    started: StartedRecord,
+    expected: StartedRecord,
+}
+
+const GOOD: u64 = 0;
+const REFUSED: u64 = 1;
+const OUT_OF_STEP: u64 = 2;
+
+impl VerdictRecord {
+    /// Every rank of the node, the first of which is `rank`, started `started`, and everything fits.
+    pub fn good(rank: usize, started: StartedRecord) -> Self {
+        Self { rank: rank as u32, started, ..Zeroable::zeroed() }
+    }
+
+    /// `rank`'s input was refused.
+    pub fn refused(rank: usize, reason: Reason, started: StartedRecord) -> Self {
+        Self { rank: rank as u32, state: REFUSED, reason: Some(reason).into(), started, ..Zeroable::zeroed() }
+    }
+
+    /// `rank` did not start what `reference` started.
+    pub fn out_of_step(
+        rank: usize,
+        started: StartedRecord,
+        reference: usize,
+        expected: StartedRecord,
+    ) -> Self {
+        let (rank, reference) = (rank as u32, reference as u32);
+        Self { rank, reference, state: OUT_OF_STEP, reason: Zeroable::zeroed(), started, expected }
+    }
+
+    /// Whether the node may go on.
+    pub fn is_good(&self) -> bool {
+        self.state == GOOD
+    }
+
+    /// The verdict of the world from those of its nodes in ascending order; every rank comes to the same one.
+    pub fn of_world(nodes: &[Self]) -> Result<(), Error> {
+        for node in nodes {
+            node.error()?;
+            let first = &nodes[0];
+            if node.started != first.started {
+                let (rank, reference) = (node.rank as usize, first.rank as usize);
+                Self::out_of_step(rank, node.started, reference, first.started).error()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn error(&self) -> Result<(), Error> {
+        let rank = self.rank as usize;
+        match self.state {
+            GOOD => Ok(()),
+            OUT_OF_STEP => Err(Error::OutOfStep {
+                rank,
+                started: Box::new(self.started.read()),
+                reference: self.reference as usize,
+                expected: Box::new(self.expected.read()),
+            }),
+            _ => Err(Error::Refused { rank, reason: self.reason.read().unwrap_or(Reason::Foreign) }),
+        }
+    }
+}
+
+/// The count block one source rank sends to the rank of its rail on one node, as 32-bit words: per channel
+/// its distinct tokens for that node and its rows for each local rank, then entries per expert of the node
+/// (experts in the order of their ranks, ascending ids within a rank).
+#[derive(Debug, Clone)]
+pub struct CountBlock {
+    ranks_per_node: usize,
+    experts: usize,
+    /// 32-bit words of the block, for any node.
+    pub words: usize,
+}
+
+impl CountBlock {
+    /// The block for worlds of `config`.
+    pub fn new(config: &Config) -> Self {
+        let topology = config.topology();
+        let on_node = |node| {
+            let ranks = (0..topology.ranks_per_node()).map(|local| topology.rank(node, local));
+            ranks.map(|rank| config.placement().experts_of(rank).len()).sum::<usize>()
+        };
+        let most = (0..topology.nodes()).map(on_node).max().unwrap_or(0);
+        let experts = config.channels() * (1 + topology.ranks_per_node());
+        Self { ranks_per_node: topology.ranks_per_node(), experts, words: experts + most }
+    }
+
+    /// Index of the number of tokens of `channel`.
+    pub fn tokens(&self, channel: usize) -> usize {
+        channel * (1 + self.ranks_per_node)
+    }
+
+    /// Index of the number of rows of `channel` for `local`.
+    pub fn rows(&self, channel: usize, local: usize) -> usize {
+        self.tokens(channel) + 1 + local
+    }
+
+    /// Index of the number of entries of the first expert of the node; those of the others follow.
+    pub fn experts(&self) -> usize {
+        self.experts
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_survive_the_wire() {
+        let reasons = [
+            Reason::ExpertOutOfRange { token: 1, k: 2, expert: -7, num_experts: 4 },
+            Reason::WrongSize { tensor: Tensor::Bias, expected: 5, got: 6 },
+            Reason::BufferTooSmall { needed: 7, capacity: 8 },
+            Reason::HiddenNotAligned { hidden: 9, multiple: 16 },
+            Reason::HiddenTooLarge { hidden: 10, max: 9 },
+            Reason::TopkOutOfRange { topk: 33, max: 32 },
+            Reason::FormatMismatch,
+            Reason::Foreign,
+            Reason::StaleHandle,
+            Reason::NotDispatched,
+            Reason::PoolExhausted { needed: 11, largest: 3 },
+        ];
+        for reason in reasons {
+            assert_eq!(ReasonRecord::from(Some(reason)).read(), Some(reason));
+        }
+        assert_eq!(ReasonRecord::from(None).read(), None);
+    }
+}

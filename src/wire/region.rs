@@ -1,0 +1,321 @@
+//! The symmetric region: one piece of memory per rank, laid out alike on all ranks, in which everything
+//! that peers read or write lies. Offsets and size come from one pass.
+
+use super::record::{CountBlock, EnterRecord, RailRecord, VerdictRecord};
+use super::shape::max_pitches;
+use super::{LINE, align_up};
+use crate::config::Config;
+
+/// Operations of one lane are sequential; the two lanes are independent, with their own words and rings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Lane {
+    /// Plan and dispatch.
+    Dispatch,
+    /// Combine.
+    Combine,
+}
+
+/// The lanes, in the order of the region.
+pub const LANES: [Lane; 2] = [Lane::Dispatch, Lane::Combine];
+
+/// An index word of a lane. `local` and `node` name who writes it, or, of the private words, the other end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WordId {
+    /// Operation whose enter record local rank has stored.
+    Enter {
+        /// Writer.
+        local: usize,
+    },
+    /// Operation for which local rank has gathered the counts of its rail.
+    Gathered {
+        /// Writer.
+        local: usize,
+    },
+    /// Operation whose rail record has come from the rail peer on `node`.
+    Rail {
+        /// Writer's node.
+        node: usize,
+    },
+    /// Operation whose verdict has come from `node`.
+    Verdict {
+        /// Writer's node.
+        node: usize,
+    },
+    /// Operation in which `local`'s `channel` no longer touches this rank's buffer: all its rows have
+    /// arrived (dispatch), or all have been read (combine).
+    Done {
+        /// Writer.
+        local: usize,
+        /// Writer's channel.
+        channel: usize,
+    },
+    /// Tail of the ring from `node`.
+    Tail {
+        /// Channel of the ring.
+        channel: usize,
+        /// Sender's node.
+        node: usize,
+    },
+    /// Head of the ring to `node`: the credit it returned.
+    Head {
+        /// Channel of the ring.
+        channel: usize,
+        /// Receiver's node.
+        node: usize,
+    },
+    /// Private: this rank's tail of the ring to `node`.
+    Sent {
+        /// Channel of the ring.
+        channel: usize,
+        /// Receiver's node.
+        node: usize,
+    },
+    /// Private: this rank's head of the ring from `node`.
+    Taken {
+        /// Channel of the ring.
+        channel: usize,
+        /// Sender's node.
+        node: usize,
+    },
+    /// Private: the slot pitch used last on the ring to `node`.
+    Pitch {
+        /// Channel of the ring.
+        channel: usize,
+        /// Receiver's node.
+        node: usize,
+    },
+}
+
+impl WordId {
+    /// What a wait for this word is called in faults.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Enter { .. } => "enter record",
+            Self::Gathered { .. } => "gathered counts",
+            Self::Rail { .. } => "rail record",
+            Self::Verdict { .. } => "verdict",
+            Self::Done { .. } => "arrivals",
+            Self::Tail { .. } | Self::Sent { .. } => "tail",
+            Self::Head { .. } | Self::Taken { .. } => "credit",
+            Self::Pitch { .. } => "pitch",
+        }
+    }
+}
+
+/// Bytes that one rank takes, part by part.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory {
+    /// Index words and records.
+    pub control: usize,
+    /// Rings of both lanes: `channels × rail peers × slots × (dispatch + combine pitch)`, whatever the batch.
+    pub rings: usize,
+    /// The pool of receive buffers and expert outputs.
+    pub pool: usize,
+    /// The whole region: what is mapped.
+    pub region: usize,
+}
+
+/// Offsets of everything in a region.
+#[derive(Debug, Clone)]
+pub struct RegionMap {
+    nodes: usize,
+    ranks_per_node: usize,
+    channels: usize,
+    slots: usize,
+    lanes: [LaneMap; 2],
+    counts: CountBlock,
+    /// Offset of the pool.
+    pub pool: usize,
+    /// What the region takes.
+    pub memory: Memory,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct LaneMap {
+    words: usize,
+    // Records have two places each, by the operation's parity: a rank starts its operation n + 2 only
+    // after every peer has completed n, for completing n + 1 took a record of n + 1 from each of them.
+    enter: usize,
+    rail: usize,
+    verdict: usize,
+    rings: usize,
+    max_pitch: usize,
+}
+
+impl RegionMap {
+    /// The map for worlds of `config`.
+    pub fn new(config: &Config) -> Self {
+        let (nodes, ranks_per_node) = (config.topology().nodes(), config.topology().ranks_per_node());
+        let counts = CountBlock::new(config);
+        let (dispatch_pitch, combine_pitch) = max_pitches(config);
+        let mut map = Self {
+            nodes,
+            ranks_per_node,
+            channels: config.channels(),
+            slots: config.ring_slots(),
+            lanes: [LaneMap::default(); 2],
+            counts,
+            pool: 0,
+            memory: Memory { control: 0, rings: 0, pool: config.pool_bytes, region: 0 },
+        };
+        let mut end = 0;
+        let mut take = |bytes: usize| {
+            let start = end;
+            end = align_up(start + bytes, LINE);
+            start
+        };
+        for lane in 0..2 {
+            map.lanes[lane].words = take(map.words_per_lane() * LINE);
+            map.lanes[lane].enter = take(2 * ranks_per_node * map.enter_stride());
+            map.lanes[lane].rail = take(2 * nodes * map.rail_stride());
+            map.lanes[lane].verdict = take(2 * nodes * map.verdict_stride());
+        }
+        map.memory.control = take(0);
+        for (lane, pitch) in [dispatch_pitch, combine_pitch].into_iter().enumerate() {
+            map.lanes[lane].max_pitch = pitch;
+            map.lanes[lane].rings = take(config.channels() * (nodes - 1) * config.ring_slots() * pitch);
+        }
+        map.pool = take(0);
+        map.memory.rings = map.pool - map.memory.control;
+        take(config.pool_bytes);
+        map.memory.region = take(0);
+        map
+    }
+
+    fn words_per_lane(&self) -> usize {
+        2 * self.ranks_per_node + 2 * self.nodes + self.channels * (self.ranks_per_node + 5 * self.nodes)
+    }
+
+    fn enter_stride(&self) -> usize {
+        align_up(size_of::<EnterRecord>(), LINE)
+    }
+
+    fn rail_stride(&self) -> usize {
+        align_up(size_of::<RailRecord>() + 4 * self.counts.words, LINE)
+    }
+
+    fn verdict_stride(&self) -> usize {
+        align_up(size_of::<VerdictRecord>(), LINE)
+    }
+
+    /// The layout of count blocks.
+    pub fn counts(&self) -> &CountBlock {
+        &self.counts
+    }
+
+    /// Offset of an index word. Each has a line of its own.
+    pub fn word(&self, lane: Lane, id: WordId) -> usize {
+        let (r, n, c) = (self.ranks_per_node, self.nodes, self.channels);
+        let done = 2 * r + 2 * n;
+        let ring =
+            |table: usize, channel: usize, node: usize| done + c * r + (table * c + channel) * n + node;
+        let index = match id {
+            WordId::Enter { local } => local,
+            WordId::Gathered { local } => r + local,
+            WordId::Rail { node } => 2 * r + node,
+            WordId::Verdict { node } => 2 * r + n + node,
+            WordId::Done { local, channel } => done + channel * r + local,
+            WordId::Tail { channel, node } => ring(0, channel, node),
+            WordId::Head { channel, node } => ring(1, channel, node),
+            WordId::Sent { channel, node } => ring(2, channel, node),
+            WordId::Taken { channel, node } => ring(3, channel, node),
+            WordId::Pitch { channel, node } => ring(4, channel, node),
+        };
+        self.lanes[lane as usize].words + index * LINE
+    }
+
+    /// Offset of the enter record of `local` for operations of `parity`.
+    pub fn enter(&self, lane: Lane, parity: usize, local: usize) -> usize {
+        self.lanes[lane as usize].enter + (parity * self.ranks_per_node + local) * self.enter_stride()
+    }
+
+    /// Offset of the rail record from `node`; the count block follows it.
+    pub fn rail(&self, lane: Lane, parity: usize, node: usize) -> usize {
+        self.lanes[lane as usize].rail + (parity * self.nodes + node) * self.rail_stride()
+    }
+
+    /// Offset of the verdict of `node`.
+    pub fn verdict(&self, lane: Lane, parity: usize, node: usize) -> usize {
+        self.lanes[lane as usize].verdict + (parity * self.nodes + node) * self.verdict_stride()
+    }
+
+    /// Offset, in the region of a rank on `to`, of the ring that holds what comes from `from`.
+    pub fn ring(&self, lane: Lane, channel: usize, from: usize, to: usize) -> usize {
+        debug_assert_ne!(from, to, "tokens for the own node skip hop 1");
+        let peer = if from < to { from } else { from - 1 };
+        let lane = &self.lanes[lane as usize];
+        lane.rings + (channel * (self.nodes - 1) + peer) * self.slots * lane.max_pitch
+    }
+}
+
+impl Config {
+    /// The exact bytes that each rank's region takes: what is mapped, no more and no less. Beside it, a
+    /// handle keeps O(tokens) of metadata ([`Config::handle_bytes`]).
+    pub fn memory(&self) -> Memory {
+        RegionMap::new(self).memory
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::topology::Topology;
+
+    fn config(nodes: usize, ranks_per_node: usize) -> Config {
+        let topology = Topology::new(nodes, ranks_per_node).unwrap();
+        Config::builder(topology).experts(20).channels(3).pool_bytes(1000).build().unwrap()
+    }
+
+    #[test]
+    fn nothing_overlaps() {
+        for (nodes, ranks) in [(1, 1), (1, 8), (3, 5), (4, 2)] {
+            let map = RegionMap::new(&config(nodes, ranks));
+            let mut taken = Vec::new();
+            for lane in LANES {
+                let mut word = |id| taken.push((map.word(lane, id), 8));
+                for local in 0..ranks {
+                    word(WordId::Enter { local });
+                    word(WordId::Gathered { local });
+                    (0..3).for_each(|channel| word(WordId::Done { local, channel }));
+                }
+                for node in 0..nodes {
+                    word(WordId::Rail { node });
+                    word(WordId::Verdict { node });
+                    for channel in 0..3 {
+                        word(WordId::Tail { channel, node });
+                        word(WordId::Head { channel, node });
+                        word(WordId::Sent { channel, node });
+                        word(WordId::Taken { channel, node });
+                        word(WordId::Pitch { channel, node });
+                    }
+                }
+                for parity in 0..2 {
+                    (0..ranks)
+                        .for_each(|l| taken.push((map.enter(lane, parity, l), size_of::<EnterRecord>())));
+                    let rail = size_of::<RailRecord>() + 4 * map.counts.words;
+                    (0..nodes).for_each(|n| taken.push((map.rail(lane, parity, n), rail)));
+                    (0..nodes)
+                        .for_each(|n| taken.push((map.verdict(lane, parity, n), size_of::<VerdictRecord>())));
+                }
+                for (channel, from) in (0..3).flat_map(|c| (1..nodes).map(move |n| (c, n))) {
+                    taken.push((
+                        map.ring(lane, channel, from, 0),
+                        map.slots * map.lanes[lane as usize].max_pitch,
+                    ));
+                }
+            }
+            taken.push((map.pool, map.memory.pool));
+            taken.sort_unstable();
+            assert!(taken.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0));
+            let (start, bytes) = *taken.last().unwrap();
+            assert!(start + bytes <= map.memory.region);
+        }
+    }
+
+    #[test]
+    fn parts_add_up() {
+        let memory = config(4, 2).memory();
+        assert_eq!(align_up(memory.control + memory.rings + memory.pool, LINE), memory.region);
+        assert_eq!(config(1, 8).memory().rings, 0, "a single node has no rings");
+    }
+}
