@@ -228,7 +228,6 @@ impl Communicator {
     ///
     /// # Errors
     /// See [`Pending::wait`].
-    #[expect(clippy::type_complexity, reason = "what failure gives back is what was handed in")]
     pub fn combine<Y: ExpertOutputs>(
         &mut self,
         handle: &Handle,

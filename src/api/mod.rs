@@ -2,12 +2,14 @@
 
 mod buffer;
 mod communicator;
+mod expert_major;
 mod input;
 mod pending;
 mod world;
 
 pub use buffer::{RecvBuffer, Source};
 pub use communicator::{Communicator, Handle};
+pub use expert_major::{ExpertMajor, ExpertMajorError, ScaleRows};
 pub use input::{Combine, ExpertOutputs, Fp8Tokens, Routing, Rows, ScaleData, ScaleOrder, Scales, Tokens};
 pub use pending::{Combined, Dispatched, Failed, Pending};
 pub use world::LocalWorld;

@@ -62,7 +62,8 @@ impl Forwarder {
         }
         if progress == Progress::Done && !self.finished {
             self.finished = true;
-            if node.good {
+            // What did not come from a source whose pair is closed would be missing from the plan for ever.
+            if node.good && open.iter().all(|&open| open) {
                 let placed = self.incoming.take().unwrap_or_default().into_iter().map(|source| source.placed);
                 // A cached dispatch finds the same rows there already.
                 let _ = op.plan.placed[channel].set(placed.collect());
@@ -101,6 +102,7 @@ impl Incoming {
         if n == 0 {
             return Progress::Done;
         }
+        let run = (self.node, channel);
         match &mut self.source {
             Source::Closed => return Progress::Done,
             Source::Own(_) if !rows.good => {}
@@ -111,7 +113,8 @@ impl Incoming {
                     let words = &mut words[..header_words(op.shape.topk)];
                     offsets.write(&op.config, &op.plan.routing, token as usize, words);
                     let (row, scales) = encoder.encode(port, token as usize);
-                    rows.place(port, channel, self.node, words, row, scales, &mut self.placed);
+                    let header = Header::new(&*words, op.shape.topk);
+                    self.placed.push(rows.place(port, run, &Token { header, row, scales }));
                 }
             }
             Source::Ring(ring) => {
@@ -122,10 +125,9 @@ impl Incoming {
                 for _ in 0..n {
                     if rows.good {
                         let slot = port.own(ring.slot(), rows.slot.pitch);
-                        let words = bytemuck::cast_slice(&slot[..rows.slot.row]);
-                        let (row, scales) =
-                            (&slot[rows.slot.row..rows.slot.scales], &slot[rows.slot.scales..]);
-                        rows.place(port, channel, self.node, words, row, scales, &mut self.placed);
+                        let header = Header::new(bytemuck::cast_slice(&slot[..rows.slot.row]), op.shape.topk);
+                        let (row, scales) = (&slot[rows.slot.row..rows.slot.scales], &slot[rows.slot.scales..]);
+                        self.placed.push(rows.place(port, run, &Token { header, row, scales }));
                     }
                     ring.take(1);
                 }
@@ -135,6 +137,13 @@ impl Incoming {
         self.next += n;
         Progress::Moved
     }
+}
+
+/// A token as it lies in a slot, or comes from the own input.
+struct Token<'a> {
+    header: Header<&'a [u32]>,
+    row: &'a [u8],
+    scales: &'a [u8],
 }
 
 /// The receive buffers of the node, by local rank.
@@ -150,51 +159,47 @@ impl<'a> Rows<'a> {
         Self { op, good, slot: op.dispatch_slot(), buffers }
     }
 
-    /// Writes a token to its final row at every local rank that wants it.
-    #[expect(clippy::too_many_arguments, reason = "the parts of a slot, wherever they lie")]
+    /// Writes a token of the runs from (node, channel) to its final row at every local rank that wants it;
+    /// those rows, ascending.
     fn place(
         &self,
         port: &impl Port,
-        channel: usize,
-        node: usize,
-        header: &[u32],
-        row: &[u8],
-        scales: &[u8],
-        placed: &mut Placed,
-    ) {
+        run: (usize, usize),
+        token: &Token<'_>,
+    ) -> impl Iterator<Item = FinalRow> {
         let op = self.op;
-        let header = Header::new(header, op.shape.topk);
         let mut offsets = [0; MAX_RANKS_PER_NODE];
         let mut here = 0u64;
-        for (&expert, &offset) in header.experts().iter().zip(header.offsets()) {
+        for (&expert, &offset) in token.header.experts().iter().zip(token.header.offsets()) {
             if let Some(local) = local_on(&op.config, op.node_index(), expert) {
                 offsets[local] = offset;
                 here |= 1 << local;
             }
         }
-        let bases = op.plan.arrivals.get().expect("E3 precedes D3").bases(&op.config, node, channel);
-        let source = [op.rail_peer(node) as u32, header.token()];
-        placed.push(
-            locals(here).map(|local| FinalRow { local: local as u32, row: bases[local] + offsets[local] }),
-        );
+        let bases = op.plan.arrivals.get().expect("E3 precedes D3").bases(&op.config, run.0, run.1);
         for local in locals(here) {
-            let at = (bases[local] + offsets[local]) as usize;
-            let rank = op.node_peer(local);
-            let buffer = &self.buffers[local];
-            let layout = RecvLayout::new(op.shape, buffer.capacity);
-            let store = |part: usize, pitch: usize, bytes: &[u8]| {
-                port.store(rank, buffer.offset + part + at * pitch, bytes);
-            };
-            store(layout.x, row.len(), row);
-            if !scales.is_empty() {
-                store(layout.scales, scales.len(), scales);
-            }
-            let (experts, weights) = self.at_rank(&header, rank);
-            let topk = op.shape.topk;
-            store(layout.topk_idx, 4 * topk, bytemuck::cast_slice(&experts[..topk]));
-            store(layout.topk_weights, 4 * topk, bytemuck::cast_slice(&weights[..topk]));
-            store(layout.source, size_of_val(&source), bytemuck::bytes_of(&source));
+            offsets[local] += bases[local];
+            self.store(port, run.0, local, offsets[local] as usize, token);
         }
+        locals(here).map(move |local| FinalRow { local: local as u32, row: offsets[local] })
+    }
+
+    /// Writes a token from the own rail's rank on `node` to row `at` of `local`.
+    fn store(&self, port: &impl Port, node: usize, local: usize, at: usize, token: &Token<'_>) {
+        let (op, topk) = (self.op, self.op.shape.topk);
+        let rank = op.node_peer(local);
+        let buffer = &self.buffers[local];
+        let layout = RecvLayout::new(op.shape, buffer.capacity);
+        let store =
+            |part: usize, bytes: &[u8]| port.store(rank, buffer.offset + part + at * bytes.len(), bytes);
+        store(layout.x, token.row);
+        if !token.scales.is_empty() {
+            store(layout.scales, token.scales);
+        }
+        let (experts, weights) = self.at_rank(&token.header, rank);
+        store(layout.topk_idx, bytemuck::cast_slice(&experts[..topk]));
+        store(layout.topk_weights, bytemuck::cast_slice(&weights[..topk]));
+        store(layout.source, bytemuck::bytes_of(&[op.rail_peer(node) as u32, token.header.token()]));
     }
 
     /// The token's entries as `rank` sees them: local indices and weights, −1 and 0 for experts elsewhere.
@@ -210,4 +215,4 @@ impl<'a> Rows<'a> {
     }
 }
 
-const _: () = assert!(ROW_ALIGN % align_of::<u32>() == 0, "headers are read as 32-bit words");
+const _: () = assert!(ROW_ALIGN.is_multiple_of(align_of::<u32>()), "headers are read as 32-bit words");

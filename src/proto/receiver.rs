@@ -31,7 +31,7 @@ impl Receiver {
     }
 
     /// E1.
-    fn enter(&self, port: &impl Port) {
+    fn enter(&self, port: &impl Port) -> Result<(), Wait> {
         let op = &*self.op;
         let (started, poison) = (op.started_record(), op.poison.into());
         let Buffer { offset, capacity } = op.buffer;
@@ -48,6 +48,7 @@ impl Receiver {
             self.send(port, node, at, &[bytes_of(&record), cast_slice(counts)]);
             op.signal_turn(port, op.rail_peer(node), WordId::Rail { node: op.node_index() });
         }
+        Ok(())
     }
 
     /// Writes to the rail peer on `node`; the own node's copy is a plain store.
@@ -193,7 +194,7 @@ impl Receiver {
 impl Step for Receiver {
     fn step(&mut self, port: &impl Port) -> Progress {
         let (result, next) = match self.phase {
-            Phase::Enter => (Ok(self.enter(port)), Phase::Rail),
+            Phase::Enter => (self.enter(port), Phase::Rail),
             Phase::Rail => (self.rail(port), Phase::Node),
             Phase::Node => (self.node(port), Phase::World),
             Phase::World => (self.world(port), Phase::Arrivals),

@@ -1,1 +1,77 @@
-fn main() {}
+//! The `railhop` command.
+
+mod bench;
+mod options;
+mod replay;
+
+use std::error::Error;
+use std::panic;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
+
+/// Expert-parallel all-to-all for mixture-of-experts models
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = false)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Sends recorded routing through plan, dispatch, test experts and combine, and checks every bit
+    Replay(replay::ReplayArgs),
+    /// Measures plan, dispatch and combine on uniform random routing
+    Bench(bench::BenchArgs),
+}
+
+impl Command {
+    fn run(&self) -> Result<(), Box<dyn Error + Send + Sync>> {
+        match self {
+            Self::Replay(args) => replay::run(args),
+            Self::Bench(args) => bench::run(args),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    // A bug, wherever it shows: one line as for every other failure, and no thread is left waiting.
+    panic::set_hook(Box::new(|bug| {
+        complain(bug);
+        std::process::exit(101);
+    }));
+    // Failures are reported once, by the line on stderr; what the library logs is for those who ask.
+    let filter =
+        EnvFilter::builder().with_env_var("RAILHOP_LOG").with_default_directive(LevelFilter::OFF.into());
+    tracing_subscriber::fmt().with_env_filter(filter.from_env_lossy()).with_writer(std::io::stderr).init();
+    match Cli::try_parse() {
+        Ok(cli) => cli.command.run().map_or_else(
+            |failure| {
+                complain(failure);
+                ExitCode::FAILURE
+            },
+            |()| ExitCode::SUCCESS,
+        ),
+        Err(usage) if usage.use_stderr() => {
+            complain(first_paragraph(&usage.to_string()));
+            ExitCode::from(2)
+        }
+        Err(help) => help.exit(),
+    }
+}
+
+/// Says what went wrong, on one line of stderr.
+fn complain(what: impl ToString) {
+    let text = what.to_string();
+    let words: Vec<_> = text.split_whitespace().collect();
+    eprintln!("error: {}", words.join(" "));
+}
+
+/// The part of a usage error that says what is wrong; hints follow it.
+fn first_paragraph(usage: &str) -> &str {
+    let text = usage.split("\n\n").next().unwrap_or(usage);
+    text.strip_prefix("error: ").unwrap_or(text)
+}

@@ -212,8 +212,12 @@ impl<'a> Worker<'a> {
 
     fn work(&mut self) {
         let mut idle = 0;
-        while !self.world.stop.load(Ordering::Acquire) {
+        loop {
+            // Taken before anything is looked at, `stop` included: a ring after that ends the sleep below.
             let ticket = self.world.doorbell.ticket();
+            if self.world.stop.load(Ordering::Acquire) {
+                return;
+            }
             self.refresh();
             if self.pass() {
                 idle = 0;

@@ -1,0 +1,204 @@
+//! What the API tests share: worlds with random tokens, the way through one of them, and a watchdog.
+
+#![allow(dead_code, reason = "every test file takes what it needs")]
+
+use std::panic::resume_unwind;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
+use std::time::Duration;
+
+use half::bf16;
+use railhop::reference::experts;
+use railhop::reference::oracle::{Oracle, RankTokens};
+use railhop::reference::verify::verify;
+use railhop::wire::shape::RecvLayout;
+use railhop::{
+    Combine, Communicator, Config, ConfigBuilder, Handle, RecvBuffer, Routing, RowFormat, RowShape, Topology,
+};
+
+/// No test may take longer: it hangs.
+pub const LIMIT: Duration = Duration::from_secs(20);
+
+/// Runs `body` on a thread of its own and fails when it does not end.
+pub fn within<T: Send + 'static>(limit: Duration, body: impl FnOnce() -> T + Send + 'static) -> T {
+    let (done, outcome) = channel();
+    let thread = thread::spawn(move || done.send(body()));
+    match outcome.recv_timeout(limit) {
+        Ok(value) => value,
+        Err(RecvTimeoutError::Timeout) => panic!("still running after {limit:?}"),
+        Err(RecvTimeoutError::Disconnected) => {
+            resume_unwind(thread.join().expect_err("a body that ends well sends its value"))
+        }
+    }
+}
+
+/// SplitMix64.
+#[derive(Clone)]
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ z >> 31
+    }
+
+    pub fn below(&mut self, end: usize) -> usize {
+        (self.next() % end as u64) as usize
+    }
+
+    pub fn one_in(&mut self, n: usize) -> bool {
+        self.below(n) == 0
+    }
+
+    /// An element: mostly ordinary, now and then any bf16 at all, NaNs and infinities included.
+    pub fn element(&mut self) -> bf16 {
+        match self.below(64) {
+            0 => bf16::from_bits(self.next() as u16),
+            1 => [bf16::NEG_ZERO, bf16::NAN, bf16::INFINITY, bf16::NEG_INFINITY][self.below(4)],
+            _ => bf16::from_f32((self.below(4001) as f32 - 2000.0) / 512.0),
+        }
+    }
+
+    pub fn weight(&mut self) -> f32 {
+        match self.below(32) {
+            0 => [-0.0, f32::from_bits(0x7FC0_1234), f32::from_bits(0xFFA0_0001), 1e-40][self.below(4)],
+            _ => self.below(1 << 20) as f32 / (1 << 20) as f32,
+        }
+    }
+
+    /// An integer that sums of some dozens represent exactly in bf16.
+    pub fn small(&mut self) -> bf16 {
+        bf16::from_f32(self.below(7) as f32 - 3.0)
+    }
+}
+
+/// A configuration for small tests.
+pub fn config(nodes: usize, ranks_per_node: usize) -> ConfigBuilder {
+    let topology = Topology::new(nodes, ranks_per_node).unwrap();
+    Config::builder(topology)
+        .experts(2 * topology.world_size())
+        .max_hidden(512)
+        .worker_budget(2)
+        .pool_bytes(8 << 20)
+}
+
+pub const BF16: RowShape = RowShape { hidden: 64, topk: 4, format: RowFormat::Bf16 };
+
+/// One step of a world: every rank's tokens.
+#[derive(Clone)]
+pub struct Case {
+    pub config: Config,
+    pub shape: RowShape,
+    pub ranks: Vec<RankTokens<'static>>,
+}
+
+impl Case {
+    /// At most `tokens` random tokens for each rank.
+    pub fn random(config: &Config, shape: RowShape, tokens: usize, seed: u64) -> Self {
+        let mut random = Random(seed);
+        let ranks = (0..config.topology().world_size())
+            .map(|_| {
+                let tokens = random.below(tokens + 1);
+                Self::tokens(config, shape, tokens, &mut random)
+            })
+            .collect();
+        Self { config: config.clone(), shape, ranks }
+    }
+
+    /// Exactly `tokens` tokens for each rank; token t names the experts t, t + 1, …
+    pub fn regular(config: &Config, shape: RowShape, tokens: usize) -> Self {
+        let mut random = Random(tokens as u64);
+        let experts = config.placement().num_experts();
+        let ranks = (0..config.topology().world_size())
+            .map(|_| RankTokens {
+                topk_idx: (0..tokens * shape.topk)
+                    .map(|at| ((at / shape.topk + at % shape.topk) % experts) as i64)
+                    .collect(),
+                ..Self::tokens(config, shape, tokens, &mut random)
+            })
+            .collect();
+        Self { config: config.clone(), shape, ranks }
+    }
+
+    fn tokens(config: &Config, shape: RowShape, tokens: usize, random: &mut Random) -> RankTokens<'static> {
+        let experts = config.placement().num_experts();
+        let topk_idx = (0..tokens).flat_map(|_| {
+            // A third of the tokens have few experts, some of them none.
+            let masked = if random.one_in(3) { random.below(shape.topk + 1) } else { 0 };
+            let favourite = random.below(experts) as i64;
+            let mut random = Random(random.next());
+            (0..shape.topk).map(move |_| match random.below(shape.topk) < masked {
+                true => -1,
+                false if random.one_in(8) => favourite,
+                false => random.below(experts) as i64,
+            })
+        });
+        RankTokens {
+            topk_idx: topk_idx.collect(),
+            topk_weights: (0..tokens * shape.topk).map(|_| random.weight()).collect(),
+            x: (0..tokens * shape.hidden).map(|_| random.element()).collect(),
+        }
+    }
+
+    pub fn oracle(&self) -> Oracle<'_> {
+        let RowShape { hidden, topk, format } = self.shape;
+        Oracle { config: &self.config, hidden, topk, format, ranks: self.ranks.clone() }
+    }
+
+    pub fn routing(&self, rank: usize) -> Routing<'_> {
+        let RankTokens { topk_idx, topk_weights, .. } = &self.ranks[rank];
+        Routing { topk: self.shape.topk, topk_idx, topk_weights }
+    }
+
+    pub fn x(&self, rank: usize) -> Vec<bf16> {
+        self.ranks[rank].x.to_vec()
+    }
+
+    /// The shape of the experts' outputs.
+    pub fn outputs(&self) -> RowShape {
+        RowShape { format: RowFormat::Bf16, ..self.shape }
+    }
+
+    /// Bytes of a buffer that holds whatever a rank may receive.
+    pub fn buffer_bytes(&self) -> usize {
+        let tokens = self.ranks.iter().map(|rank| rank.topk_weights.len() / self.shape.topk).sum();
+        RecvLayout::new(self.outputs(), tokens).bytes.max(RecvLayout::new(self.shape, tokens).bytes).max(64)
+    }
+
+    /// The test experts' outputs for `received`.
+    pub fn experts(&self, comm: &Communicator, received: &RecvBuffer) -> RecvBuffer {
+        let mut y = comm.recv_buffer(received.rows(), self.outputs()).unwrap();
+        y.set_rows(received.rows());
+        experts::run(received, self.config.placement().experts_of(comm.rank()), y.bf16_mut());
+        y
+    }
+
+    pub fn verify(&self, rank: usize, handle: &Handle, received: &RecvBuffer, combined: &[bf16]) {
+        verify(&self.oracle(), rank, handle, received, combined).unwrap();
+    }
+
+    /// Plan, dispatch, experts, combine; everything as the oracle says.
+    pub fn round_trip(&self, comm: &mut Communicator) {
+        let rank = comm.rank();
+        let handle = comm.plan(self.routing(rank)).unwrap();
+        let buffer = comm.recv_buffer(handle.num_recv_tokens(), self.shape).unwrap();
+        let received = comm.dispatch(&handle, self.x(rank), buffer).unwrap().buffer;
+        let y = self.experts(comm, &received);
+        let combined = comm.combine(&handle, Combine::new(y)).unwrap();
+        self.verify(rank, &handle, &received, &combined.x);
+    }
+}
+
+/// All that a receive buffer holds, as bits.
+pub fn contents(buffer: &RecvBuffer) -> impl PartialEq + std::fmt::Debug + use<> {
+    let weights: Vec<u32> = buffer.topk_weights().iter().map(|weight| weight.to_bits()).collect();
+    let scales: Vec<u32> = buffer.scales().iter().map(|scale| scale.to_bits()).collect();
+    let x = (bits(buffer.bf16()), buffer.e4m3().to_vec(), scales);
+    (x, buffer.topk_idx().to_vec(), weights, buffer.sources().to_vec())
+}
+
+pub fn bits(x: &[bf16]) -> Vec<u16> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
