@@ -9,6 +9,12 @@ use crate::topology::{ExpertPlacement, Topology};
 /// The longest `topk` a slot header can carry.
 pub const MAX_TOPK: usize = 32;
 
+/// The most experts a world may have.
+const MAX_EXPERTS: usize = 1 << 24;
+
+/// The most bytes a region may have: what fits an address space of 47 bits.
+const MAX_REGION: u128 = 1 << 46;
+
 /// The settled configuration of a world. All ranks must hold an equal one; its hash is in every enter record.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Config {
@@ -46,6 +52,7 @@ impl Config {
                 deadline: Duration::from_secs(100),
                 first_index: 0,
             },
+            num_experts: None,
         }
     }
 
@@ -112,18 +119,21 @@ impl Config {
 #[derive(Debug, Clone)]
 pub struct ConfigBuilder {
     config: Config,
+    /// Experts to place contiguously, unless a placement was given.
+    num_experts: Option<usize>,
 }
 
 impl ConfigBuilder {
     /// Number of experts, placed contiguously: the first `num_experts % world_size` ranks own one more.
     pub fn experts(mut self, num_experts: usize) -> Self {
-        self.config.placement = ExpertPlacement::contiguous(num_experts, self.config.topology.world_size());
+        self.num_experts = Some(num_experts);
         self
     }
 
     /// An explicit expert placement.
     pub fn placement(mut self, placement: ExpertPlacement) -> Self {
         self.config.placement = placement;
+        self.num_experts = None;
         self
     }
 
@@ -199,7 +209,7 @@ impl ConfigBuilder {
     ///
     /// # Errors
     /// A configuration that could not make progress, with the reason and the nearest value that works.
-    pub fn build(self) -> Result<Config, ConfigError> {
+    pub fn build(mut self) -> Result<Config, ConfigError> {
         let c = &self.config;
         let world = c.topology.world_size();
         let check = |ok: bool, field, value: usize, reason: &str, nearest: Option<usize>| match ok {
@@ -211,15 +221,9 @@ impl ConfigBuilder {
                 nearest: nearest.map(|n| n as u64),
             }),
         };
-        let experts = c.placement.num_experts();
+        let experts = self.num_experts.unwrap_or(c.placement.num_experts());
         check(experts > 0, "experts", experts, "a world has at least one expert", Some(1))?;
-        check(
-            experts <= i32::MAX as usize,
-            "experts",
-            experts,
-            "expert ids are 32-bit",
-            Some(i32::MAX as usize),
-        )?;
+        check(experts <= MAX_EXPERTS, "experts", experts, "at most 2^24 experts", Some(MAX_EXPERTS))?;
         let placed = c.placement.world_size();
         check(placed == world, "placement", placed, "made for another world size", Some(world))?;
         let members = c.members.len();
@@ -254,7 +258,7 @@ impl ConfigBuilder {
             "at most 2^20 tokens",
             Some(1 << 20),
         )?;
-        let slots = c.ring_slots.max(c.chunk_tokens).next_power_of_two();
+        let slots = c.ring_slots.max(c.chunk_tokens).checked_next_power_of_two().unwrap_or(1 << 20);
         let (ring, reason) =
             (c.ring_slots, "the ring must hold a chunk, or its sender could never publish one");
         check(ring >= c.chunk_tokens, "ring_slots", ring, reason, Some(slots))?;
@@ -267,6 +271,27 @@ impl ConfigBuilder {
         )?;
         check(c.worker_budget > 0, "worker_budget", 0, "no thread would drive the roles", Some(1))?;
         check(!c.deadline.is_zero(), "deadline", 0, "every wait would expire at once", Some(1))?;
+        // Slots hold BF16 rows of either lane, with a header; rings dominate what is not the pool.
+        let slot = 2 * (2 * c.max_hidden + 16 * MAX_TOPK) as u128;
+        let rings = slot * (c.channels * c.topology.nodes()) as u128 * ring as u128;
+        check(
+            rings <= MAX_REGION,
+            "ring_slots",
+            ring,
+            "the rings would exceed 2^46 bytes",
+            Some(slots.min(16)),
+        )?;
+        let pool_ok = c.pool_bytes as u128 <= MAX_REGION;
+        check(
+            pool_ok,
+            "pool_bytes",
+            c.pool_bytes,
+            "the pool would exceed 2^46 bytes",
+            Some(MAX_REGION as usize),
+        )?;
+        if let Some(experts) = self.num_experts {
+            self.config.placement = ExpertPlacement::contiguous(experts, world);
+        }
         Ok(self.config)
     }
 }
@@ -289,6 +314,10 @@ mod tests {
         assert_eq!(refused(|b| b.max_topk(33)).nearest, Some(32));
         assert_eq!(refused(|b| b.channels(0)).field, "channels");
         assert_eq!(refused(|b| b.experts(0)).field, "experts");
+        assert_eq!(refused(|b| b.experts(usize::MAX)).field, "experts");
+        assert_eq!(refused(|b| b.ring_slots(1 << 62)).field, "ring_slots");
+        assert_eq!(refused(|b| b.ring_slots(usize::MAX)).field, "ring_slots");
+        assert_eq!(refused(|b| b.pool_bytes(usize::MAX)).field, "pool_bytes");
         assert_eq!(refused(|b| b.members([1, 1, 2, 3])).field, "members");
         assert_eq!(refused(|b| b.placement(ExpertPlacement::contiguous(4, 2))).field, "placement");
         assert!(refused(|b| b.deadline(Duration::ZERO)).to_string().contains("deadline"));

@@ -139,7 +139,12 @@ fn every_way(case: &Case, comm: &mut Communicator) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(1000) })]
+    #![proptest_config(ProptestConfig {
+        // The failing world is printed whole, and worlds are all there is to a case.
+        failure_persistence: None,
+        max_shrink_time: 60_000,
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn any_world_any_shape(world in world()) {

@@ -242,10 +242,10 @@ impl World {
             let elements = rank.topk_idx.len() / topk * hidden;
             rank.x = (0..elements).map(|_| random_value(&mut self.rng)).collect();
         }
-        let oracle = Oracle { config: &self.config, hidden, topk, format, ranks };
+        let oracle = Oracle { config: &self.config, hidden, topk, format, ranks: ranks.clone() };
         let received = (0..self.ranks()).map(|rank| oracle.received(rank)).collect();
         let combined = (0..self.ranks()).map(|rank| oracle.combined(rank)).collect();
-        let (ranks, shape) = (oracle.ranks, RowShape { hidden, topk, format });
+        let shape = RowShape { hidden, topk, format };
         self.tokens.push(Tokens { step, shape, ranks, received, combined });
         self.tokens.len() - 1
     }
@@ -259,8 +259,8 @@ impl World {
         sim.run(|sim, operation| self.over(sim, operation))?;
         for (rank, script) in self.scripts.iter().enumerate() {
             assert_eq!(script.over.len(), self.actions.len(), "rank {rank} did not end");
-            let mut lent = script.buffers.values().chain(script.outputs.values());
-            assert!(lent.all(|lent| lent.is_untouched(sim, rank)), "late write at rank {rank}");
+            let mut buffers = script.buffers.values();
+            assert!(buffers.all(|lent| lent.is_untouched(sim, rank)), "late write at rank {rank}");
         }
         Ok(())
     }
@@ -285,11 +285,16 @@ impl World {
         };
         let too_small = matches!(action.bad, Some(Bad::TooSmall(at)) if at == rank);
         let out_of_step = matches!(action.bad, Some(Bad::OutOfStep(at)) if at == rank);
+        // Either another kind of the same lane, or with another plan.
+        let kind = match action.kind {
+            Kind::Dispatch | Kind::PlanDispatch if out_of_step && self.rng.below(2) == 0 => Kind::Plan,
+            kind => kind,
+        };
         let tokens = &self.tokens[action.tokens];
         let (topk, rows) = (tokens.shape.topk, tokens.received[rank].sources.len());
         let script = &mut self.scripts[rank];
         let (mut shape, mut buffer, mut input) = (tokens.shape, Buffer { offset: 0, capacity: 0 }, None);
-        match action.kind {
+        match kind {
             Kind::Plan => shape = RowShape { hidden: 0, topk, format: RowFormat::Bf16 },
             Kind::Dispatch | Kind::PlanDispatch => {
                 let capacity = if too_small { rows - 1 } else { rows + self.rng.below(3) as usize };
@@ -306,7 +311,7 @@ impl World {
         if poison.is_some() {
             (buffer, input) = (Buffer { offset: 0, capacity: 0 }, None);
         }
-        let plan = match action.kind {
+        let plan = match kind {
             Kind::Dispatch | Kind::Combine => script.plans[&tokens.step].clone(),
             Kind::Plan | Kind::PlanDispatch => {
                 let routing = routing(&self.config, topk, &tokens.ranks[rank], poison.is_some());
@@ -319,7 +324,7 @@ impl World {
         };
         let format = shape.format.code() | u32::from(action.weights) << 8;
         let started = Started {
-            kind: action.kind,
+            kind,
             epoch: 0,
             hidden: shape.hidden as u32,
             topk: topk as u32,
@@ -338,22 +343,17 @@ impl World {
         let result = sim.result(operation).expect("an operation that is over has a result");
         check_result(action.bad.as_ref(), result);
         assert_eq!(self.results.entry(index).or_insert(result.clone()), result, "ranks disagree");
-        match action.kind {
-            Kind::Dispatch | Kind::PlanDispatch => {
-                let lent = self.scripts[rank].buffers[&index];
-                if action.bad.is_none() {
-                    let outputs = self.check_received(sim, rank, action.tokens, lent);
-                    self.scripts[rank].outputs.insert(action.tokens, outputs);
-                } else if self.is_refused(action, rank) {
-                    assert!(lent.is_untouched(sim, rank), "a row at rank {rank} in spite of the verdict");
-                }
-                lent.wipe(sim, rank);
+        if let Some(&lent) = self.scripts[rank].buffers.get(&index) {
+            if action.bad.is_none() {
+                let outputs = self.check_received(sim, rank, action.tokens, lent);
+                self.scripts[rank].outputs.insert(action.tokens, outputs);
+            } else if self.is_refused(action, rank) {
+                assert!(lent.is_untouched(sim, rank), "a row at rank {rank} in spite of the verdict");
             }
-            Kind::Combine if action.bad.is_none() => {
-                self.check_combined(sim, rank, action, operation);
-                self.scripts[rank].outputs[&action.tokens].wipe(sim, rank);
-            }
-            Kind::Combine | Kind::Plan => {}
+            lent.wipe(sim, rank);
+        } else if action.kind == Kind::Combine && action.bad.is_none() {
+            self.check_combined(sim, rank, action, operation);
+            self.scripts[rank].outputs[&action.tokens].wipe(sim, rank);
         }
         self.scripts[rank].over.insert(index);
         self.advance(sim, rank);

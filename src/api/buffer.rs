@@ -43,8 +43,7 @@ impl Pool {
         let needed = align_up(bytes.max(1), LINE);
         let mut blocks = self.blocks();
         let Some((&offset, &len)) = blocks.free.iter().find(|(_, len)| **len >= needed) else {
-            let largest = blocks.free.values().copied().max().unwrap_or(0);
-            return Err(Error::PoolExhausted { needed, largest });
+            return Err(blocks.exhausted(needed));
         };
         blocks.free.remove(&offset);
         if len > needed {
@@ -73,6 +72,10 @@ impl Pool {
 }
 
 impl Blocks {
+    fn exhausted(&self, needed: usize) -> Error {
+        Error::PoolExhausted { needed, largest: self.free.values().copied().max().unwrap_or(0) }
+    }
+
     fn release(&mut self, (mut offset, mut len): (usize, usize)) {
         if let Some((&before, &before_len)) = self.free.range(..offset).next_back()
             && before + before_len == offset
@@ -115,6 +118,11 @@ impl RecvBuffer {
         capacity: usize,
         shape: RowShape,
     ) -> Result<Self, Error> {
+        let least = capacity.saturating_mul(shape.row_bytes());
+        if least > pool.world.map.memory.pool {
+            // Not laid out: its size might not fit a usize.
+            return Err(pool.blocks().exhausted(least));
+        }
         let layout = RecvLayout::new(shape, capacity);
         let offset = pool.take(layout.bytes)?;
         Ok(Self { pool: pool.clone(), communicator, offset, layout, rows: 0 })

@@ -137,7 +137,10 @@ impl Scales {
             ScaleData::Ue8m0(_) => scale_groups(hidden).div_ceil(4),
         };
         let (token, group) = self.strides();
-        let needed = if tokens == 0 { 0 } else { (tokens - 1) * token + (elements - 1) * group + 1 };
+        let Some(last) = tokens.checked_sub(1) else { return Ok(()) };
+        // Pitches are the caller's: any number.
+        let last = last.saturating_mul(token).saturating_add((elements - 1).saturating_mul(group));
+        let needed = last.saturating_add(1);
         let wide_enough = match self.order {
             ScaleOrder::RowMajor { pitch } => pitch >= elements,
             ScaleOrder::ColumnMajor { pitch } => pitch >= tokens,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::sync::{AtomicU64, AtomicUsize, Condvar, Mutex, Ordering};
+use crate::sync::{AtomicU64, AtomicUsize, Condvar, Mutex, Ordering, fence};
 
 /// Rung after every publication. No wake-up is lost: a worker takes a ticket, looks for work, and sleeps only
 /// while no ring has come since the ticket.
@@ -10,7 +10,7 @@ use crate::sync::{AtomicU64, AtomicUsize, Condvar, Mutex, Ordering};
 pub struct Doorbell {
     rings: AtomicU64,
     // A ringer increments `rings`, then reads `sleepers`; a sleeper increments `sleepers`, then reads
-    // `rings`. Both are SeqCst, so at least one of them sees the other.
+    // `rings`. Each has a SeqCst fence between the two, so at least one of them sees the other.
     sleepers: AtomicUsize,
     lock: Mutex<()>,
     wake: Condvar,
@@ -19,13 +19,15 @@ pub struct Doorbell {
 impl Doorbell {
     /// What [`Doorbell::wait`] compares with; take it before looking for work.
     pub fn ticket(&self) -> u64 {
-        self.rings.load(Ordering::SeqCst)
+        // Whoever has seen a ring sees what was published before it.
+        self.rings.load(Ordering::Acquire)
     }
 
     /// Wakes whoever sleeps, and makes every ticket taken so far stale.
     pub fn ring(&self) {
-        self.rings.fetch_add(1, Ordering::SeqCst);
-        if self.sleepers.load(Ordering::SeqCst) > 0 {
+        self.rings.fetch_add(1, Ordering::Release);
+        fence(Ordering::SeqCst);
+        if self.sleepers.load(Ordering::Relaxed) > 0 {
             drop(self.lock.lock());
             self.wake.notify_all();
         }
@@ -33,11 +35,12 @@ impl Doorbell {
 
     /// Sleeps until a ring after `ticket`, at most `timeout`.
     pub fn wait(&self, ticket: u64, timeout: Duration) {
-        self.sleepers.fetch_add(1, Ordering::SeqCst);
+        self.sleepers.fetch_add(1, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
         let guard = self.lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if self.ticket() == ticket {
             drop(self.wake.wait_timeout(guard, timeout));
         }
-        self.sleepers.fetch_sub(1, Ordering::SeqCst);
+        self.sleepers.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -111,8 +111,8 @@ impl Sim {
         let (map, world) = (RegionMap::new(&config), config.topology().world_size());
         let mut rng = Rng::new(seed);
         let mut pace = || if rng.below(8) == 0 { SLOW } else { 1 };
-        let memory = vec![0; map.memory.region.div_ceil(size_of::<u64>())];
-        let rank = || Rank { memory: memory.clone(), pace: pace(), ..Rank::default() };
+        let words = map.memory.region.div_ceil(size_of::<u64>());
+        let rank = || Rank { memory: vec![0; words], pace: pace(), ..Rank::default() };
         let ranks = std::iter::repeat_with(rank).take(world).collect();
         let queues = (0..world * LANES.len() * (1 + config.channels()) * world)
             .map(|_| Queue { pace: pace(), events: VecDeque::new() })
@@ -407,7 +407,7 @@ impl Rng {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (u128::from(mixed ^ mixed >> 31) * u128::from(bound) >> 64) as u64
+        ((u128::from(mixed ^ (mixed >> 31)) * u128::from(bound)) >> 64) as u64
     }
 
     fn delay(&mut self, pace: u64) -> u64 {

@@ -126,7 +126,8 @@ impl Incoming {
                     if rows.good {
                         let slot = port.own(ring.slot(), rows.slot.pitch);
                         let header = Header::new(bytemuck::cast_slice(&slot[..rows.slot.row]), op.shape.topk);
-                        let (row, scales) = (&slot[rows.slot.row..rows.slot.scales], &slot[rows.slot.scales..]);
+                        let (row, scales) =
+                            (&slot[rows.slot.row..rows.slot.scales], &slot[rows.slot.scales..]);
                         self.placed.push(rows.place(port, run, &Token { header, row, scales }));
                     }
                     ring.take(1);

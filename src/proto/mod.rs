@@ -14,7 +14,8 @@
 //!   the same bases and the same verdict, and puts the verdict at its rail peers.
 //! - E4 When the verdicts of all nodes are in, every rank computes the same result.
 //! - E5 The operation is over at a rank when E4 is done, its channels are done, and every channel of every
-//!   local rank has said that it no longer touches this rank's buffer.
+//!   local rank has said that it no longer touches this rank's buffer. After a bad verdict of the node none
+//!   touches it, and ranks out of step may have no channels to say so.
 //!
 //! **Dispatch**
 //! - D1 Sender: once the pair is open (E2), for each token of the channel that a remote node wants: take a

@@ -206,7 +206,13 @@ impl Op {
         let seen = Word(port.load(self.word(id))).index_in(self.generation).unwrap_or(start);
         match seen.has_reached(target) {
             true => Ok(()),
-            false => Err(self.wait(Role::Receiver, None, peer, id.name(), target, seen)),
+            false => {
+                let channel = match id {
+                    WordId::Done { channel, .. } => Some(channel),
+                    _ => None,
+                };
+                Err(self.wait(Role::Receiver, channel, peer, id.name(), target, seen))
+            }
         }
     }
 

@@ -95,17 +95,19 @@ impl Receiver {
         let op = &*self.op;
         for local in 0..op.ranks_per_node() {
             op.await_turn(port, op.node_peer(local), WordId::Enter { local })?;
-            if op.plans() {
-                op.await_turn(port, op.node_peer(local), WordId::Gathered { local })?;
-            }
-        }
-        if op.plans() {
-            let _ = op.plan.arrivals.set(self.count(port));
         }
         let records: Vec<EnterRecord> = (0..op.ranks_per_node())
             .map(|local| op.map.enter(op.lane(), op.parity(), local))
             .map(|at| pod_read_unaligned(port.own(at, size_of::<EnterRecord>())))
             .collect();
+        if op.plans() {
+            // A rank out of step may have started what gathers nothing.
+            let in_step = |local: &usize| records[*local].started == op.started_record();
+            for local in (0..op.ranks_per_node()).filter(in_step) {
+                op.await_turn(port, op.node_peer(local), WordId::Gathered { local })?;
+            }
+            let _ = op.plan.arrivals.set(self.count(port, in_step));
+        }
         let verdict = self.judge(&records);
         let buffer = |r: &EnterRecord| Buffer { offset: r.offset as usize, capacity: r.capacity as usize };
         let buffers = records.iter().map(buffer).collect();
@@ -120,7 +122,7 @@ impl Receiver {
     }
 
     /// The counts of all source ranks lie at the ranks of this node, each at the one on its own rail.
-    fn count(&self, port: &impl Port) -> Arrivals {
+    fn count(&self, port: &impl Port, in_step: impl Fn(&usize) -> bool) -> Arrivals {
         let op = &*self.op;
         let layout = op.map.counts();
         let mut words = vec![0u32; layout.words];
@@ -128,7 +130,7 @@ impl Receiver {
         for source in 0..op.config.topology.world_size() {
             let (node, local) = (op.config.topology.node_of(source), op.config.topology.local_of(source));
             let holder = op.node_peer(local);
-            let agrees = self.agrees(&self.rail_record(port, holder, node));
+            let agrees = in_step(&local) && self.agrees(&self.rail_record(port, holder, node));
             blocks.push(agrees.then(|| {
                 let at = op.map.rail(op.lane(), op.parity(), node) + size_of::<RailRecord>();
                 bytemuck::cast_slice_mut(&mut words).copy_from_slice(port.peer(holder, at, 4 * layout.words));
@@ -179,7 +181,7 @@ impl Receiver {
     /// E5.
     fn arrivals(&self, port: &impl Port) -> Result<(), Wait> {
         let op = &*self.op;
-        if op.started.kind == Kind::Plan {
+        if op.started.kind == Kind::Plan || op.node.get().is_none_or(|node| !node.good) {
             return Ok(());
         }
         for channel in 0..op.config.channels {

@@ -82,6 +82,9 @@ impl Trace {
     }
 
     /// Steps of a world of `world_size` ranks with `tokens_per_rank` tokens each; the last may be short.
+    ///
+    /// # Panics
+    /// One of the two is 0.
     pub fn steps(&self, world_size: usize, tokens_per_rank: usize) -> usize {
         self.rows().div_ceil(world_size * tokens_per_rank)
     }

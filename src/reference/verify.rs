@@ -29,7 +29,6 @@ pub fn verify(
     same("recv_x (bits)", hidden, &expected.x, &got.x)?;
     let bits = |row: &[bf16]| row.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
     same("combined_x (bits)", hidden, &bits(&oracle.combined(rank)), &bits(combined))
-        .map_err(|difference| format!("rank {rank}: {difference}"))
 }
 
 fn as_received(handle: &Handle, buffer: &RecvBuffer) -> Received {

@@ -3,17 +3,20 @@
 #![allow(dead_code, reason = "every test file takes what it needs")]
 
 use std::panic::resume_unwind;
+use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
 use half::bf16;
+use railhop::fabric::Fabric;
 use railhop::reference::experts;
 use railhop::reference::oracle::{Oracle, RankTokens};
 use railhop::reference::verify::verify;
 use railhop::wire::shape::RecvLayout;
 use railhop::{
-    Combine, Communicator, Config, ConfigBuilder, Handle, RecvBuffer, Routing, RowFormat, RowShape, Topology,
+    Combine, Combined, Communicator, Config, ConfigBuilder, Dispatched, ExpertOutputs, Handle, LocalWorld,
+    RecvBuffer, Routing, RowFormat, RowShape, Tokens, Topology,
 };
 
 /// No test may take longer: it hangs.
@@ -188,6 +191,78 @@ impl Case {
         let y = self.experts(comm, &received);
         let combined = comm.combine(&handle, Combine::new(y)).unwrap();
         self.verify(rank, &handle, &received, &combined.x);
+    }
+}
+
+/// All ranks of a world, driven by one thread through the split forms.
+pub struct Ranks {
+    pub comms: Vec<Communicator>,
+}
+
+impl Ranks {
+    pub fn new(config: &Config) -> Self {
+        Self { comms: LocalWorld::new(config.clone()).unwrap().into_communicators() }
+    }
+
+    /// With another fabric around the local one.
+    pub fn with_fabric(config: &Config, wrap: impl FnOnce(Arc<dyn Fabric>) -> Arc<dyn Fabric>) -> Self {
+        Self { comms: LocalWorld::with_fabric(config.clone(), wrap).unwrap().into_communicators() }
+    }
+
+    /// `f` of every rank, in rank order: starts come here, waits after.
+    pub fn each<T>(&mut self, f: impl FnMut(&mut Communicator) -> T) -> Vec<T> {
+        self.comms.iter_mut().map(f).collect()
+    }
+
+    /// `f` of every rank on a thread each: for what blocks.
+    pub fn at_once<T: Send>(&mut self, f: impl Fn(&mut Communicator) -> T + Sync) -> Vec<T> {
+        thread::scope(|scope| {
+            let f = &f;
+            let threads: Vec<_> = self.comms.iter_mut().map(|comm| scope.spawn(move || f(comm))).collect();
+            threads.into_iter().map(|thread| thread.join().expect("a rank panicked")).collect()
+        })
+    }
+
+    /// The world works.
+    pub fn round_trip(&mut self, case: &Case) {
+        self.at_once(|comm| case.round_trip(comm));
+    }
+
+    pub fn plan(&mut self, case: &Case) -> Vec<Handle> {
+        let pending = self.each(|comm| comm.start_plan(case.routing(comm.rank())));
+        pending.into_iter().map(|pending| pending.wait().unwrap()).collect()
+    }
+
+    /// A buffer for what each rank receives.
+    pub fn buffers(&mut self, handles: &[Handle], shape: RowShape) -> Vec<RecvBuffer> {
+        self.each(|comm| comm.recv_buffer(handles[comm.rank()].num_recv_tokens(), shape).unwrap())
+    }
+
+    pub fn dispatch<X: Tokens>(
+        &mut self,
+        handles: &[Handle],
+        shape: RowShape,
+        x: impl Fn(usize) -> X,
+    ) -> Vec<Dispatched<X>> {
+        let mut buffers = self.buffers(handles, shape).into_iter();
+        let pending = self
+            .each(|comm| comm.start_dispatch(&handles[comm.rank()], x(comm.rank()), buffers.next().unwrap()));
+        pending.into_iter().map(|pending| pending.wait().ok().unwrap()).collect()
+    }
+
+    pub fn combine<Y: ExpertOutputs>(
+        &mut self,
+        handles: &[Handle],
+        inputs: impl IntoIterator<Item = Combine<Y>>,
+    ) -> Vec<Combined<Y>> {
+        let mut inputs = inputs.into_iter();
+        let pending = self.each(|comm| comm.start_combine(&handles[comm.rank()], inputs.next().unwrap()));
+        pending.into_iter().map(|pending| pending.wait().ok().unwrap()).collect()
+    }
+
+    /// The test experts' outputs for what was received.
+    pub fn experts<X>(&mut self, case: &Case, received: &[Dispatched<X>]) -> Vec<RecvBuffer> {
+        self.each(|comm| case.experts(comm, &received[comm.rank()].buffer))
     }
 }
 

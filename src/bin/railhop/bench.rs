@@ -1,16 +1,19 @@
 //! `railhop bench`: plan, dispatch and combine on uniform random routing, against the speed of light.
 
 use std::error::Error;
-use std::sync::{Arc, Barrier, Mutex};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use half::bf16;
 use memmap2::{Advice, MmapMut};
 use railhop::wire::shape::{CombineSlot, DispatchSlot, RecvLayout};
-use railhop::{Combine, Communicator, Config, LocalWorld, Routing, RowFormat, RowShape, Topology};
+use railhop::{
+    Combine, Communicator, Config, Handle, LocalWorld, RecvBuffer, Routing, RowFormat, RowShape, Topology,
+};
 use serde_json::{Value, json};
 
+use crate::meeting::Meeting;
 use crate::options::{Format, Tuning};
 
 /// Bytes each copier copies at a time: so many that memcpy streams, for the bound is to be the best rate.
@@ -123,31 +126,27 @@ impl Bench {
     }
 
     fn measure(&self) -> Result<Measured, Box<dyn Error + Send + Sync>> {
-        let world = self.config.topology().world_size();
-        let (barrier, copy_gbs) = (Barrier::new(world), Mutex::new(Vec::new()));
-        let mut copiers = Copiers::new(self.config.worker_budget())?;
-        let copiers = Mutex::new(&mut copiers);
+        let meeting = Meeting::new(self.config.topology().world_size());
+        let copiers = Mutex::new((Copiers::new(self.config.worker_budget())?, Vec::new()));
         let ranks = LocalWorld::new(self.config.clone())?.run(|communicator| {
-            let mut rank = Rank::new(self, communicator)?;
-            let mut times = Vec::with_capacity(self.iters);
-            for iteration in 0..WARMUPS + self.iters {
-                if barrier.wait().is_leader() {
-                    let gbs = copiers.lock().expect("copying does not panic").rate();
-                    copy_gbs.lock().expect("pushing does not panic").push(gbs);
+            let mut rank = Rank::new(self, communicator, &meeting)?;
+            let iteration = |index| {
+                if rank.communicator.rank() == 0 {
+                    let (copiers, rates) = &mut *copiers.lock().expect("copying does not panic");
+                    rates.push(copiers.rate());
                 }
-                let phases = rank.phases(&barrier)?;
-                let total = rank.total(&barrier)?;
-                if iteration >= WARMUPS {
-                    times.push([phases[0], phases[1], phases[2], total]);
-                }
-            }
-            Ok::<_, railhop::Error>(times)
+                let [plan, dispatch, combine] = rank.phases()?;
+                Some((index, [plan, dispatch, combine, rank.total()?]))
+            };
+            let times: Option<Vec<_>> = (0..WARMUPS + self.iters).map(iteration).collect();
+            Some(times?.into_iter().filter(|(index, _)| *index >= WARMUPS).map(|(_, times)| times).collect())
         });
-        let ranks = ranks.into_iter().collect::<Result<Vec<_>, _>>()?;
+        meeting.outcome()?;
+        let ranks: Vec<Vec<_>> = ranks.into_iter().flatten().collect();
+        let (_, copy_gbs) = copiers.into_inner().expect("copying does not panic");
         let slowest =
             |iteration: usize, phase: usize| ranks.iter().map(|times| times[iteration][phase]).max();
         let phase = |phase| (0..self.iters).filter_map(|iteration| slowest(iteration, phase)).collect();
-        let copy_gbs = copy_gbs.into_inner().expect("pushing does not panic");
         Ok(Measured { phases: [0, 1, 2, 3].map(phase), copy_gbs: median(copy_gbs) })
     }
 }
@@ -180,98 +179,95 @@ fn random_routing(args: &BenchArgs, rank: usize) -> (Vec<i64>, Vec<f32>) {
 /// One rank with the buffers it uses again and again, as a training loop does.
 struct Rank<'a> {
     communicator: Communicator,
+    meeting: &'a Meeting,
     routing: Routing<'a>,
     x: Arc<[bf16]>,
-    /// Receive buffer, the experts' outputs where rows are FP8, and the result; taken while in use.
-    buffer: Option<railhop::RecvBuffer>,
-    outputs: Option<railhop::RecvBuffer>,
+    buffers: Buffers,
+}
+
+/// Receive buffer, the experts' outputs where rows are FP8, and the result; taken while in use.
+struct Buffers {
+    received: Option<RecvBuffer>,
+    outputs: Option<RecvBuffer>,
     out: Vec<bf16>,
 }
 
 impl<'a> Rank<'a> {
-    fn new(bench: &'a Bench, communicator: Communicator) -> Result<Self, railhop::Error> {
-        let (rank, shape) = (communicator.rank(), bench.shape);
-        let rows = bench.rows(rank);
-        let outputs = match shape.format {
-            RowFormat::Bf16 => None,
-            RowFormat::Fp8(_) => {
-                let mut buffer =
-                    communicator.recv_buffer(rows, RowShape { format: RowFormat::Bf16, ..shape })?;
-                buffer.set_rows(rows);
-                buffer.bf16_mut().fill(bf16::ONE);
-                Some(buffer)
-            }
-        };
-        let elements = bench.tokens * shape.hidden;
+    fn new(bench: &'a Bench, communicator: Communicator, meeting: &'a Meeting) -> Option<Self> {
+        let rank = communicator.rank();
+        let elements = bench.tokens * bench.shape.hidden;
+        let buffers = Buffers::new(&communicator, bench.rows(rank), elements, bench.shape);
+        let buffers = meeting.join(rank, buffers.map_err(|error| error.to_string()))?;
+        let (topk_idx, topk_weights) = (&bench.topk_idx[rank], &bench.topk_weights[rank]);
         let value = |i: usize| bf16::from_f32((i * 31 % 251) as f32 / 64.0 - 2.0);
-        Ok(Self {
-            routing: Routing {
-                topk: shape.topk,
-                topk_idx: &bench.topk_idx[rank],
-                topk_weights: &bench.topk_weights[rank],
-            },
-            x: (0..elements).map(value).collect(),
-            buffer: Some(communicator.recv_buffer(rows, shape)?),
-            outputs,
-            out: vec![bf16::ZERO; elements],
-            communicator,
-        })
+        let routing = Routing { topk: bench.shape.topk, topk_idx, topk_weights };
+        Some(Self { communicator, meeting, routing, x: (0..elements).map(value).collect(), buffers })
     }
 
-    /// One iteration with a barrier before each phase.
-    fn phases(&mut self, barrier: &Barrier) -> Result<[Duration; 3], railhop::Error> {
-        let mut times = [Duration::ZERO; 3];
-        let mut clock = Clock::after(barrier);
-        let handle = self.communicator.plan(self.routing)?;
-        times[0] = clock.lap(Some(barrier));
-        self.dispatch(&handle)?;
-        times[1] = clock.lap(Some(barrier));
-        self.combine(&handle)?;
-        times[2] = clock.lap(None);
-        Ok(times)
+    /// One iteration with a meeting around each phase.
+    fn phases(&mut self) -> Option<[Duration; 3]> {
+        let (handle, plan) = self.timed(|rank| rank.communicator.plan(rank.routing))?;
+        let ((), dispatch) = self.timed(|rank| rank.dispatch(&handle))?;
+        let ((), combine) = self.timed(|rank| rank.combine(&handle))?;
+        Some([plan, dispatch, combine])
     }
 
     /// One iteration without.
-    fn total(&mut self, barrier: &Barrier) -> Result<Duration, railhop::Error> {
-        let mut clock = Clock::after(barrier);
-        let handle = self.communicator.plan(self.routing)?;
-        self.dispatch(&handle)?;
-        self.combine(&handle)?;
-        Ok(clock.lap(None))
+    fn total(&mut self) -> Option<Duration> {
+        let whole = |rank: &mut Self| {
+            let handle = rank.communicator.plan(rank.routing)?;
+            rank.dispatch(&handle)?;
+            rank.combine(&handle)
+        };
+        self.timed(whole).map(|((), time)| time)
     }
 
-    fn dispatch(&mut self, handle: &railhop::Handle) -> Result<(), railhop::Error> {
-        let buffer = self.buffer.take().expect("put back by every operation");
-        self.buffer = Some(self.communicator.dispatch(handle, self.x.clone(), buffer)?.buffer);
+    /// Does `work` when all ranks are there; its time, if all did it.
+    fn timed<T>(
+        &mut self,
+        work: impl FnOnce(&mut Self) -> Result<T, railhop::Error>,
+    ) -> Option<(T, Duration)> {
+        let rank = self.communicator.rank();
+        self.meeting.join(rank, Ok(()))?;
+        let started = Instant::now();
+        let result = work(self);
+        let time = started.elapsed();
+        let value = self.meeting.join(rank, result.map_err(|error| error.to_string()))?;
+        Some((value, time))
+    }
+
+    fn dispatch(&mut self, handle: &Handle) -> Result<(), railhop::Error> {
+        let buffer = self.buffers.received.take().expect("put back by every operation");
+        self.buffers.received = Some(self.communicator.dispatch(handle, self.x.clone(), buffer)?.buffer);
         Ok(())
     }
 
-    fn combine(&mut self, handle: &railhop::Handle) -> Result<(), railhop::Error> {
-        let place = if self.outputs.is_some() { &mut self.outputs } else { &mut self.buffer };
-        let outputs = place.take().expect("put back by every operation");
-        let input = Combine::new(outputs).out(std::mem::take(&mut self.out));
+    fn combine(&mut self, handle: &Handle) -> Result<(), railhop::Error> {
+        let Buffers { received, outputs, out } = &mut self.buffers;
+        let place = if outputs.is_some() { outputs } else { received };
+        let input = Combine::new(place.take().expect("put back by every operation")).out(std::mem::take(out));
         let done = self.communicator.combine(handle, input)?;
-        *place = Some(done.outputs);
-        self.out = done.x;
+        (*place, *out) = (Some(done.outputs), done.x);
         Ok(())
     }
 }
 
-struct Clock(Instant);
-
-impl Clock {
-    fn after(barrier: &Barrier) -> Self {
-        barrier.wait();
-        Self(Instant::now())
-    }
-
-    /// The time since the last lap; the next starts after the barrier.
-    fn lap(&mut self, barrier: Option<&Barrier>) -> Duration {
-        let lap = self.0.elapsed();
-        if let Some(barrier) = barrier {
-            *self = Self::after(barrier);
+impl Buffers {
+    fn new(
+        comm: &Communicator,
+        rows: usize,
+        elements: usize,
+        shape: RowShape,
+    ) -> Result<Self, railhop::Error> {
+        let received = Some(comm.recv_buffer(rows, shape)?);
+        let mut outputs = None;
+        if shape.format != RowFormat::Bf16 {
+            let mut buffer = comm.recv_buffer(rows, RowShape { format: RowFormat::Bf16, ..shape })?;
+            buffer.set_rows(rows);
+            buffer.bf16_mut().fill(bf16::ONE);
+            outputs = Some(buffer);
         }
-        lap
+        Ok(Self { received, outputs, out: vec![bf16::ZERO; elements] })
     }
 }
 
@@ -285,7 +281,7 @@ impl Copiers {
             // As the regions are, so that the bound does not pay for TLB misses.
             let _ = map.advise(Advice::HugePage);
             map.fill(1);
-            Ok(map)
+            Ok::<_, std::io::Error>(map)
         };
         (0..threads).map(|_| Ok((map()?, map()?))).collect::<Result<_, _>>().map(Self)
     }

@@ -1,6 +1,7 @@
 //! The `railhop` command.
 
 mod bench;
+mod meeting;
 mod options;
 mod replay;
 

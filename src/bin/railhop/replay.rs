@@ -1,6 +1,5 @@
 //! `railhop replay`: recorded routing through plan, dispatch, test experts and combine, checked bit for bit.
 
-use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::error::Error;
 use std::fmt::Display;
@@ -8,7 +7,6 @@ use std::io::Write;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::{Barrier, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use comfy_table::{CellAlignment, Table, presets};
@@ -25,6 +23,7 @@ use railhop::{
 };
 use serde_json::{Value, json};
 
+use crate::meeting::Meeting;
 use crate::options::{Format, Tuning};
 
 /// The most ranks, each a thread with a region of its own, that are tried in one process.
@@ -103,14 +102,8 @@ impl Steps {
 pub fn run(args: &ReplayArgs) -> Result<(), Box<dyn Error + Send + Sync>> {
     let trace = Trace::read(&args.trace).map_err(about(&args.trace))?;
     let shape = RowShape { hidden: trace.hidden, topk: trace.topk, format: args.format.row_format() };
-    let topology = Topology::new(args.nodes, args.ranks_per_node)?;
+    let topology = topology(args)?;
     let world = topology.world_size();
-    if world > MAX_RANKS {
-        return Err(format!("a world of {world} ranks: at most {MAX_RANKS} are replayed").into());
-    }
-    if args.tokens_per_rank == 0 {
-        return Err("tokens_per_rank = 0: nothing would be sent; 1 would work".into());
-    }
     // More tokens than the trace has change nothing.
     let tokens = args.tokens_per_rank.min(trace.rows());
     let steps = args.steps.of(trace.steps(world, tokens))?;
@@ -143,6 +136,20 @@ pub fn run(args: &ReplayArgs) -> Result<(), Box<dyn Error + Send + Sync>> {
     let report = Report { args, trace: &trace, config: &config, shape, steps, routed, ranks };
     let text = if args.json { report.json().to_string() } else { report.tables() };
     Ok(writeln!(std::io::stdout(), "{text}")?)
+}
+
+/// The world that was asked for, if it can be replayed.
+fn topology(args: &ReplayArgs) -> Result<Topology, Box<dyn Error + Send + Sync>> {
+    let topology = Topology::new(args.nodes, args.ranks_per_node)?;
+    match topology.world_size() {
+        world if world > MAX_RANKS => {
+            Err(format!("a world of {world} ranks: at most {MAX_RANKS} are replayed").into())
+        }
+        _ if args.tokens_per_rank == 0 => {
+            Err("tokens_per_rank = 0: nothing would be sent; 1 would work".into())
+        }
+        _ => Ok(topology),
+    }
 }
 
 /// Puts the path before an error.
@@ -193,34 +200,6 @@ fn pool_bytes(shape: RowShape, routed: &[Routed]) -> usize {
     RecvLayout::new(shape, rows).bytes + RecvLayout::new(outputs, rows).bytes + 2 * LINE
 }
 
-/// Where all ranks meet between the phases of a step. No clock starts before the others' last work is done,
-/// and a failure of one stops all of them at the same place.
-struct Meeting {
-    barrier: Barrier,
-    /// By rank, all of the same place.
-    failures: Mutex<BTreeMap<usize, String>>,
-}
-
-impl Meeting {
-    fn new(ranks: usize) -> Self {
-        Self { barrier: Barrier::new(ranks), failures: Mutex::default() }
-    }
-
-    fn failures(&self) -> MutexGuard<'_, BTreeMap<usize, String>> {
-        self.failures.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
-    /// Comes with `result`, and leaves with its value if nobody came with an error.
-    fn join<T>(&self, rank: usize, result: Result<T, String>) -> Option<T> {
-        let value = result.map_err(|failure| self.failures().insert(rank, failure)).ok();
-        self.barrier.wait();
-        let well = self.failures().is_empty();
-        // Nobody brings the next failure before all have looked.
-        self.barrier.wait();
-        value.filter(|_| well)
-    }
-}
-
 /// What a rank measured in a step.
 struct Measured {
     /// As [`PHASES`].
@@ -246,10 +225,8 @@ impl Replay<'_> {
             steps.map(|(step, oracle)| self.step(&mut communicator, *step, oracle)).collect()
         });
         self.progress.finish_and_clear();
-        match self.meeting.failures().pop_first() {
-            Some((_, failure)) => Err(failure),
-            None => Ok(ranks.into_iter().flatten().collect()),
-        }
+        self.meeting.outcome()?;
+        Ok(ranks.into_iter().flatten().collect())
     }
 
     /// One step of one rank. Nothing but the operations themselves is inside the times.
@@ -261,9 +238,11 @@ impl Replay<'_> {
         let x = place.meet(Ok::<_, Infallible>(own.x.to_vec()))?;
         let (handle, plan) = place.meet(timed(|| communicator.plan(routing)))?;
         let buffer = place.meet(communicator.recv_buffer(handle.num_recv_tokens(), self.shape))?;
-        let (done, dispatch) = place.meet(timed(|| communicator.dispatch(&handle, x, buffer)))?;
+        let (done, dispatch) =
+            place.meet(timed(|| communicator.dispatch(&handle, x, buffer).map_err(OpError::from)))?;
         let y = place.meet(self.outputs(communicator, &done.buffer))?;
-        let (combined, combine) = place.meet(timed(|| communicator.combine(&handle, Combine::new(y))))?;
+        let (combined, combine) =
+            place.meet(timed(|| communicator.combine(&handle, Combine::new(y)).map_err(OpError::from)))?;
         place.meet(self.check(step, rank, oracle, &done, &combined.x))?;
         if rank == 0 {
             self.progress.inc(1);

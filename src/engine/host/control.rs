@@ -20,6 +20,8 @@ struct State {
     fault: Option<Arc<Fault>>,
     generation: u16,
     resetting: Vec<bool>,
+    /// Meetings that ended without everybody, and whom the last of them missed.
+    given_up: (u64, Vec<usize>),
 }
 
 impl Control {
@@ -28,7 +30,12 @@ impl Control {
             faulted: AtomicBool::new(false),
             departed: (0..world_size).map(|_| AtomicBool::new(false)).collect(),
             // Zeroed words belong to generation 0.
-            state: Mutex::new(State { fault: None, generation: 1, resetting: vec![false; world_size] }),
+            state: Mutex::new(State {
+                fault: None,
+                generation: 1,
+                resetting: vec![false; world_size],
+                given_up: (0, Vec::new()),
+            }),
             met: Condvar::new(),
         }
     }
@@ -46,10 +53,11 @@ impl Control {
         }
     }
 
-    /// Poisons the world; the first fault stays.
-    pub(super) fn broadcast(&self, fault: Fault) {
+    /// Poisons the world; the first fault stays. One of an earlier generation is over: a worker may come with
+    /// it when all others have gone through the reset.
+    pub(super) fn broadcast(&self, fault: Fault, generation: u16) {
         let mut state = lock(&self.state);
-        if state.fault.is_none() {
+        if state.fault.is_none() && state.generation == generation {
             tracing::error!(%fault, "communicator poisoned");
             state.fault = Some(Arc::new(fault));
             self.faulted.store(true, Ordering::Release);
@@ -65,11 +73,12 @@ impl Control {
         self.departed[rank].load(Ordering::Acquire)
     }
 
-    /// Meets all ranks and raises the generation. The caller has no run left.
+    /// Meets all ranks and raises the generation. The caller has no run left. When the first to have come has
+    /// waited long enough, all who are there give up, so that they name the same ranks.
     pub(super) fn reset(&self, rank: usize, deadline: Duration) -> Result<(), Error> {
         let until = Instant::now() + deadline;
         let mut state = lock(&self.state);
-        let generation = state.generation;
+        let (generation, meeting) = (state.generation, state.given_up.0);
         state.resetting[rank] = true;
         if state.resetting.iter().all(|&met| met) {
             // Generation 0 is that of zeroed memory.
@@ -82,9 +91,14 @@ impl Control {
         }
         while state.generation == generation {
             let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if state.given_up.0 == meeting && left.is_zero() {
                 let missing = (0..state.resetting.len()).filter(|&other| !state.resetting[other]).collect();
-                state.resetting[rank] = false;
+                state.given_up = (meeting + 1, missing);
+                state.resetting.fill(false);
+                self.met.notify_all();
+            }
+            if state.given_up.0 != meeting {
+                let missing = state.given_up.1.clone();
                 return Err(Error::ResetIncomplete { missing, after: deadline });
             }
             let (guard, _) =

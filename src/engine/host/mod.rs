@@ -192,8 +192,8 @@ impl World {
         self.started.elapsed().as_micros() as u64
     }
 
-    fn broadcast(&self, fault: Fault) {
-        self.control.broadcast(fault);
+    fn broadcast(&self, run: &Run, fault: Fault) {
+        self.control.broadcast(fault, run.op.generation);
         self.doorbell.ring();
     }
 }
@@ -276,7 +276,7 @@ impl<'a> Worker<'a> {
                         drop(slot);
                         self.watch(run, wait, now - since, micros);
                     }
-                    Err(fault) => self.world.broadcast(fault),
+                    Err(fault) => self.world.broadcast(run, fault),
                 }
             }
         }
@@ -323,7 +323,7 @@ impl<'a> Worker<'a> {
         let deadline = self.world.config.deadline;
         let still = Duration::from_micros(micros.saturating_sub(run.moved_at.load(Ordering::Relaxed)));
         if waited.min(still) > deadline {
-            self.world.broadcast(watch::blame(self.world, &self.runs, run, wait));
+            self.world.broadcast(run, watch::blame(self.world, &self.runs, run, wait));
         }
     }
 }

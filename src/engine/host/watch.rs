@@ -1,24 +1,35 @@
 //! Who is to blame: a rank past its deadline follows the chain of waits to its end.
 
+use std::sync::Arc;
+use std::time::Instant;
+
 use super::World;
 use super::run::{Run, lock};
 use crate::error::{Cause, Fault, Wait};
 
-/// The fault of a wait of `run` that expired, at the end of the chain: the rank there waits for nobody, or has
-/// not entered the operation, so that a healthy but blocked rank is not blamed.
-pub(super) fn blame(world: &World, runs: &[std::sync::Arc<Run>], run: &Run, wait: Wait) -> Fault {
-    let mut end = wait;
-    let mut visited = vec![run.rank];
-    while !visited.contains(&end.peer) {
-        visited.push(end.peer);
-        let same_lane =
-            |other: &&std::sync::Arc<Run>| other.rank == end.peer && other.op.lane() == run.op.lane();
-        match runs.iter().find(same_lane).and_then(|run| blocked(run)) {
-            Some(next) => end = next,
-            None => break,
+/// The fault of a wait of `run` that expired, at the end of the chains that begin there: at a rank that waits for
+/// nobody, or has not entered the operation, so that a healthy but blocked rank is not blamed. Chains that all
+/// end in a circle are cut where somebody has waited longest.
+pub(super) fn blame(world: &World, runs: &[Arc<Run>], run: &Run, wait: Wait) -> Fault {
+    let cause = Cause::Deadline(world.config.deadline);
+    let mut reached = vec![(Instant::now(), wait)];
+    let mut followed = Vec::new();
+    let mut next = 0;
+    while let Some(&(_, wait)) = reached.get(next) {
+        next += 1;
+        if followed.contains(&wait.peer) {
+            continue;
         }
+        followed.push(wait.peer);
+        let of_peer = |other: &&Arc<Run>| other.rank == wait.peer && other.op.lane() == run.op.lane();
+        let waits = runs.iter().find(of_peer).map_or(Vec::new(), |run| waits(run));
+        if waits.is_empty() {
+            return fault(run, wait, cause);
+        }
+        reached.extend(waits);
     }
-    fault(run, end, Cause::Deadline(world.config.deadline))
+    let longest = reached.iter().min_by_key(|(since, _)| *since);
+    fault(run, longest.map_or(wait, |(_, wait)| *wait), cause)
 }
 
 /// The fault of `run` that ends in `wait`.
@@ -28,7 +39,9 @@ pub(super) fn fault(run: &Run, wait: Wait, cause: Cause) -> Fault {
     Fault { rank: wait.peer, cause, reporter: run.rank, kind, epoch, wait: Some(wait) }
 }
 
-/// What a rank's operation waits for: its first blocked task's wait. None if one of them can move.
-fn blocked(run: &Run) -> Option<Wait> {
-    run.tasks.iter().find_map(|slot| lock(slot).blocked.map(|(_, wait)| wait))
+/// What a rank's operation waits for, and since when. Its channels have waits of their own: a receiver's for
+/// them says nothing.
+fn waits(run: &Run) -> Vec<(Instant, Wait)> {
+    let blocked = run.tasks.iter().filter_map(|slot| lock(slot).blocked);
+    blocked.filter(|(_, wait)| wait.peer != run.rank).collect()
 }
