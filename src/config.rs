@@ -44,7 +44,7 @@ impl Config {
                 placement: ExpertPlacement::contiguous(0, topology.world_size()),
                 max_hidden: 8192,
                 max_topk: 8,
-                channels: 2,
+                channels: 1,
                 chunk_tokens: 4,
                 ring_slots: 16,
                 worker_budget: std::thread::available_parallelism().map_or(1, |n| n.get()),
@@ -53,6 +53,7 @@ impl Config {
                 first_index: 0,
             },
             num_experts: None,
+            channels: None,
         }
     }
 
@@ -121,6 +122,7 @@ pub struct ConfigBuilder {
     config: Config,
     /// Experts to place contiguously, unless a placement was given.
     num_experts: Option<usize>,
+    channels: Option<usize>,
 }
 
 impl ConfigBuilder {
@@ -161,9 +163,10 @@ impl ConfigBuilder {
         self
     }
 
-    /// Number of channels: the host engine works on at most this many pieces of one rank at a time.
+    /// Number of channels: the host engine works on at most this many pieces of one rank at a time. By default as
+    /// many as it takes for the ranks of an in-process world to occupy all workers.
     pub fn channels(mut self, channels: usize) -> Self {
-        self.config.channels = channels;
+        self.channels = Some(channels);
         self
     }
 
@@ -210,8 +213,9 @@ impl ConfigBuilder {
     /// # Errors
     /// A configuration that could not make progress, with the reason and the nearest value that works.
     pub fn build(mut self) -> Result<Config, ConfigError> {
+        let world = self.config.topology.world_size();
+        self.config.channels = self.channels.unwrap_or(self.config.worker_budget.div_ceil(world).max(1));
         let c = &self.config;
-        let world = c.topology.world_size();
         let check = |ok: bool, field, value: usize, reason: &str, nearest: Option<usize>| match ok {
             true => Ok(()),
             false => Err(ConfigError {

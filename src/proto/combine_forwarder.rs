@@ -25,7 +25,6 @@ struct Home {
     /// Tokens sent, and how many there are.
     next: usize,
     count: usize,
-    pitch_agreed: bool,
 }
 
 impl CombineForwarder {
@@ -65,7 +64,7 @@ impl Home {
     fn new(op: &Op, channel: usize, node: usize, port: &impl Port) -> Option<Self> {
         let count = op.plan.arrivals.get()?.tokens(&op.config, node, channel);
         let ring = || op.send_ring(port, channel, node);
-        (count > 0).then(|| Self { node, ring: ring(), next: 0, count, pitch_agreed: false })
+        (count > 0).then(|| Self { node, ring: ring(), next: 0, count })
     }
 
     /// Sends at most a chunk.
@@ -81,15 +80,7 @@ impl Home {
         if n == 0 {
             return Progress::Done;
         }
-        let ready = op.agree_on_pitch(
-            port,
-            channel,
-            self.node,
-            &mut self.ring,
-            &mut self.pitch_agreed,
-            Role::Forwarder,
-        );
-        if let Err(wait) = ready.and_then(|()| self.ring.credit(port, n, Role::Forwarder)) {
+        if let Err(wait) = self.ring.credit(port, n, Role::Forwarder) {
             return Progress::Blocked(wait);
         }
         let placed = &op.plan.placed[channel].get().expect("checked when the operation starts")[self.node];

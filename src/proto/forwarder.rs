@@ -1,4 +1,4 @@
-//! The forwarder of dispatch: from the rail (or the own input) to the final rows (D3–D5).
+//! The forwarder of dispatch: from the rail (or the own input) to the final rows (D2–D4).
 
 use std::sync::Arc;
 
@@ -177,7 +177,7 @@ impl<'a> Rows<'a> {
                 here |= 1 << local;
             }
         }
-        let bases = op.plan.arrivals.get().expect("E3 precedes D3").bases(&op.config, run.0, run.1);
+        let bases = op.plan.arrivals.get().expect("E3 precedes D2").bases(&op.config, run.0, run.1);
         for local in locals(here) {
             offsets[local] += bases[local];
             self.store(port, run.0, local, offsets[local] as usize, token);

@@ -20,11 +20,10 @@
 //! **Dispatch**
 //! - D1 Sender: once the pair is open (E2), for each token of the channel that a remote node wants: take a
 //!   credit, put the slot, publish the tail per chunk. It waits for nothing else, so hop 1 overlaps the plan.
-//! - D2 A slot pitch other than the ring's last is used only once the ring is empty.
-//! - D3 Forwarder: after E3, for each slot published: write the row to its final row at every local rank that
+//! - D2 Forwarder: after E3, for each slot published: write the row to its final row at every local rank that
 //!   wants it, then release the slot. Tokens for the own node come straight from the input.
-//! - D4 If the node's verdict is bad, slots are released unread.
-//! - D5 When all sources of the channel are done, say so to every local rank. Credits are flushed by then.
+//! - D3 If the node's verdict is bad, slots are released unread.
+//! - D4 When all sources of the channel are done, say so to every local rank. Credits are flushed by then.
 //!
 //! **Combine**
 //! - C1 Forwarder: after E3 and if the verdict is good, for each token it forwarded from a home rank whose
@@ -68,8 +67,8 @@ use std::sync::Arc;
 /// All that a role can touch. Offsets are those of the symmetric region's map.
 ///
 /// The one promise a port makes about order: a [`Port::signal`] becomes visible to `rank` only after everything
-/// this role put or stored there before it, and a [`Port::load`] that sees it sees that data too. Nothing is
-/// promised between peers.
+/// this role put or stored there before it, in earlier operations too, and a [`Port::load`] that sees it sees
+/// that data. Nothing is promised between peers.
 pub trait Port {
     /// An index word of the own region.
     fn load(&self, word: usize) -> u64;
@@ -193,7 +192,7 @@ fn both(first: Progress, second: Progress) -> Progress {
     }
 }
 
-/// D5, C4: a channel that is done says so to every local rank.
+/// D4, C4: a channel that is done says so to every local rank.
 fn finish(progress: Progress, op: &Op, channel: usize, port: &impl Port) -> Progress {
     if progress == Progress::Done {
         op.signal_done(port, channel);

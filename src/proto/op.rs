@@ -216,7 +216,7 @@ impl Op {
         }
     }
 
-    /// D5, C4.
+    /// D4, C4.
     pub(crate) fn signal_done(&self, port: &impl Port, channel: usize) {
         for local in 0..self.ranks_per_node() {
             self.signal_turn(port, self.node_peer(local), WordId::Done { local: self.local(), channel });

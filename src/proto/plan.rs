@@ -84,6 +84,7 @@ impl Sends {
                 sends.count(config, layout, &experts, channel, token, routing.of(token).0);
             }
         }
+        sends.targets.iter_mut().for_each(Vec::shrink_to_fit);
         for (index, targets) in sends.targets.iter().enumerate() {
             sends.counts[index % nodes][layout.tokens(index / nodes)] = targets.len() as u32;
         }

@@ -4,9 +4,14 @@
 //! of the head that the receiver published when it had read the slot's last content; its tail is signalled after
 //! the slot's data, which a port keeps in order. Receiver: slots below a loaded tail hold their data; its head is
 //! signalled after it has read them.
+//!
+//! Between operations of a lane rings are empty: a rank is done with one only when its channels have read all
+//! that came, and nobody sends for the next before the receiver has entered it (E2). So the slot pitch belongs
+//! to the operation and may differ from the last one's.
 
-use super::Port;
+use super::{Op, Port};
 use crate::error::{Role, Wait};
+use crate::wire::region::WordId;
 use crate::wire::word::{Index, Word};
 
 /// Where a ring lies and which words belong to it, as one end sees it.
@@ -92,11 +97,6 @@ impl SendRing {
         }
     }
 
-    /// Whether the receiver has released everything.
-    pub fn is_drained(&mut self, port: &impl Port, role: Role) -> Result<(), Wait> {
-        self.credit(port, self.end.slots, role)
-    }
-
     /// Offset, at the peer, of the `ahead`th slot after the tail. The caller holds credit for it.
     pub fn slot(&self, ahead: usize) -> usize {
         self.end.slot(self.tail.advance(ahead))
@@ -163,6 +163,54 @@ impl RecvRing {
         if self.head != self.next {
             self.head = self.next;
             self.end.publish(port, self.head);
+        }
+    }
+}
+
+impl Op {
+    /// The sending end of the ring to `node`.
+    pub(super) fn send_ring(&self, port: &impl Port, channel: usize, node: usize) -> SendRing {
+        let own = self.node_index();
+        let slots_at = self.map.ring(self.lane(), channel, own, node);
+        let words = (
+            WordId::Head { channel, node },
+            WordId::Tail { channel, node: own },
+            WordId::Sent { channel, node },
+        );
+        SendRing::new(port, self.ring_end(channel, node, slots_at, words))
+    }
+
+    /// The receiving end of the ring from `node`.
+    pub(super) fn recv_ring(&self, port: &impl Port, channel: usize, node: usize) -> RecvRing {
+        let own = self.node_index();
+        let slots_at = self.map.ring(self.lane(), channel, node, own);
+        let words = (
+            WordId::Tail { channel, node },
+            WordId::Head { channel, node: own },
+            WordId::Taken { channel, node },
+        );
+        RecvRing::new(port, self.ring_end(channel, node, slots_at, words))
+    }
+
+    fn ring_end(
+        &self,
+        channel: usize,
+        node: usize,
+        slots_at: usize,
+        words: (WordId, WordId, WordId),
+    ) -> RingEnd {
+        let (theirs, ours, kept) = words;
+        RingEnd {
+            peer: self.rail_peer(node),
+            channel,
+            slots_at,
+            slots: self.config.ring_slots,
+            pitch: self.pitch(),
+            theirs: self.word(theirs),
+            ours: self.word(ours),
+            kept: self.word(kept),
+            generation: self.generation,
+            first: Index::new(self.config.first_index),
         }
     }
 }

@@ -77,13 +77,6 @@ pub enum WordId {
         /// Sender's node.
         node: usize,
     },
-    /// Private: the slot pitch used last on the ring to `node`.
-    Pitch {
-        /// Channel of the ring.
-        channel: usize,
-        /// Receiver's node.
-        node: usize,
-    },
 }
 
 impl WordId {
@@ -97,7 +90,6 @@ impl WordId {
             Self::Done { .. } => "arrivals",
             Self::Tail { .. } | Self::Sent { .. } => "tail",
             Self::Head { .. } | Self::Taken { .. } => "credit",
-            Self::Pitch { .. } => "pitch",
         }
     }
 }
@@ -183,7 +175,7 @@ impl RegionMap {
     }
 
     fn words_per_lane(&self) -> usize {
-        2 * self.ranks_per_node + 2 * self.nodes + self.channels * (self.ranks_per_node + 5 * self.nodes)
+        2 * self.ranks_per_node + 2 * self.nodes + self.channels * (self.ranks_per_node + 4 * self.nodes)
     }
 
     fn enter_stride(&self) -> usize {
@@ -219,7 +211,6 @@ impl RegionMap {
             WordId::Head { channel, node } => ring(1, channel, node),
             WordId::Sent { channel, node } => ring(2, channel, node),
             WordId::Taken { channel, node } => ring(3, channel, node),
-            WordId::Pitch { channel, node } => ring(4, channel, node),
         };
         self.lanes[lane as usize].words + index * LINE
     }
@@ -286,7 +277,6 @@ mod tests {
                         word(WordId::Head { channel, node });
                         word(WordId::Sent { channel, node });
                         word(WordId::Taken { channel, node });
-                        word(WordId::Pitch { channel, node });
                     }
                 }
                 for parity in 0..2 {
