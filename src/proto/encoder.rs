@@ -8,7 +8,10 @@ use crate::wire::shape::RowFormat;
 
 const NONE: u32 = u32::MAX;
 
-/// Encodes tokens of one channel. It keeps the rows of about a chunk, so that a token wanted by several nodes
+/// Nodes want about the same tokens, but not in step: rows are kept this many chunks long.
+const KEPT_CHUNKS: usize = 4;
+
+/// Encodes tokens of one channel. It keeps the rows of a few chunks, so that a token wanted by several nodes
 /// is quantised once.
 pub struct Encoder {
     op: Arc<Op>,
@@ -18,7 +21,7 @@ pub struct Encoder {
 
 impl Encoder {
     pub(super) fn new(op: Arc<Op>) -> Self {
-        let kept = op.config.chunk_tokens.next_power_of_two();
+        let kept = KEPT_CHUNKS * op.config.chunk_tokens.next_power_of_two();
         let pitch = match op.shape.format {
             RowFormat::Bf16 => 0,
             RowFormat::Fp8(_) => op.shape.row_bytes() + op.shape.scale_pitch(),
