@@ -221,7 +221,7 @@ impl RecvBuffer {
         self.part_mut(self.layout.topk_weights, 4 * self.shape().topk)
     }
 
-    /// Where the rows came from [R], ascending (rank, token).
+    /// Where the rows came from `[R]`, ascending (rank, token).
     pub fn sources(&self) -> &[Source] {
         self.part(self.layout.source, size_of::<Source>())
     }

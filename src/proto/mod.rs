@@ -4,7 +4,7 @@
 //! # The steps
 //! The roles cite these clauses.
 //!
-//! **Enter** (every operation, [`receiver`])
+//! **Enter** (every operation, by its receiver)
 //! - E1 A rank stores its enter record at every peer of its node, and puts its rail record (with its counts,
 //!   where the operation plans) at every peer of its rail; its own places are written alike.
 //! - E2 When all rail records are in, the pairs of the rail are *open* where both ranks' input is valid and

@@ -12,7 +12,7 @@ use crate::wire::shape::RowFormat;
 
 /// Writes `step{step}-rank{rank}.safetensors` in `dir`: `recv_x` BF16 [R, H] (FP8: U8 codes, and `recv_x_scales` F32
 /// [R, ceil(H/128)]; metadata `scale_format = "ue8m0"` where they are powers of two), `recv_topk_idx` I32 [R, K],
-/// `recv_topk_weights` F32 [R, K], `recv_src_rank` and `recv_src_token` I32 [R], `num_recv_tokens_per_expert` I32 [E
+/// `recv_topk_weights` F32 [R, K], `recv_src_rank` and `recv_src_token` I32 `[R]`, `num_recv_tokens_per_expert` I32 [E
 /// of the rank], `combined_x` BF16 [T, H].
 ///
 /// # Errors
