@@ -12,7 +12,6 @@ use crate::engine::host::World;
 use crate::error::Error;
 use crate::numeric::{ScaleFormat, scale_groups};
 use crate::wire::shape::{RecvLayout, RowFormat, RowShape};
-use crate::wire::{LINE, align_up};
 
 /// The pool of one rank: a first-fit allocator over its part of the region.
 pub(crate) struct Pool {
@@ -39,8 +38,11 @@ impl Pool {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    fn take(&self, bytes: usize) -> Result<usize, Error> {
-        let needed = align_up(bytes.max(1), LINE);
+    /// Lends a block of `bytes`, whole lines. An empty one is nowhere: it takes nothing and is never given back.
+    fn take(&self, needed: usize) -> Result<usize, Error> {
+        if needed == 0 {
+            return Ok(self.world.map.pool);
+        }
         let mut blocks = self.blocks();
         let Some((&offset, &len)) = blocks.free.iter().find(|(_, len)| **len >= needed) else {
             return Err(blocks.exhausted(needed));
@@ -53,7 +55,10 @@ impl Pool {
     }
 
     fn give(&self, offset: usize, bytes: usize) {
-        let block = (offset, align_up(bytes.max(1), LINE));
+        if bytes == 0 {
+            return;
+        }
+        let block = (offset, bytes);
         let poisoned = self.world.control.fault().is_some();
         let mut blocks = self.blocks();
         match poisoned {

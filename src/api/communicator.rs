@@ -251,6 +251,10 @@ impl Communicator {
             },
         };
         let buffer = copied.as_ref().or(input.outputs.in_place());
+        if let Some(buffer) = &copied {
+            let bytes = buffer.rows() * buffer.shape().row_bytes();
+            tracing::debug!(rank = self.rank, bytes, "expert outputs copied to where peers can read them");
+        }
         let shape = buffer.map_or(RowShape { hidden: 0, topk, format: RowFormat::Bf16 }, RecvBuffer::shape);
         let elements = handle.num_tokens() * shape.hidden;
         let check = || {

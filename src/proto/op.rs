@@ -211,7 +211,8 @@ impl Op {
                     WordId::Done { channel, .. } => Some(channel),
                     _ => None,
                 };
-                Err(self.wait(Role::Receiver, channel, peer, id.name(), target, seen))
+                let (expected, seen) = (target.get(), seen.get());
+                Err(Wait { role: Role::Receiver, channel, peer, what: id.name(), expected, seen })
             }
         }
     }
@@ -221,18 +222,6 @@ impl Op {
         for local in 0..self.ranks_per_node() {
             self.signal_turn(port, self.node_peer(local), WordId::Done { local: self.local(), channel });
         }
-    }
-
-    pub(crate) fn wait(
-        &self,
-        role: Role,
-        channel: Option<usize>,
-        peer: usize,
-        what: &'static str,
-        expected: Index,
-        seen: Index,
-    ) -> Wait {
-        Wait { role, channel, peer, what, expected: expected.get(), seen: seen.get() }
     }
 
     /// The world's verdicts, as E4 leaves them.

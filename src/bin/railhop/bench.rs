@@ -60,8 +60,8 @@ pub struct BenchArgs {
 
 /// Runs the benchmark and prints its report.
 pub fn run(args: &BenchArgs) -> Result<(), Box<dyn Error + Send + Sync>> {
-    if args.topk > args.experts || args.iters == 0 {
-        return Err("bench needs topk <= experts and at least one iteration".into());
+    if args.topk > args.experts || args.tokens == 0 || args.iters == 0 {
+        return Err("bench needs topk <= experts, and at least one token and one iteration".into());
     }
     let bench = Bench::new(args)?;
     let report = bench.measure()?.report(&bench);

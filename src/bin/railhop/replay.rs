@@ -15,7 +15,6 @@ use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 use railhop::reference::oracle::{Oracle, RankTokens};
 use railhop::reference::trace::Trace;
 use railhop::reference::{dump, experts, verify};
-use railhop::wire::LINE;
 use railhop::wire::shape::{CombineSlot, DispatchSlot, RecvLayout};
 use railhop::{
     Combine, Communicator, Config, Dispatched, Error as OpError, LocalWorld, RecvBuffer, Routing, RowFormat,
@@ -196,8 +195,7 @@ impl Routed {
 fn pool_bytes(shape: RowShape, routed: &[Routed]) -> usize {
     let rows = routed.iter().flat_map(|step| &step.rows).copied().max().unwrap_or(0);
     let outputs = RowShape { format: RowFormat::Bf16, ..shape };
-    // An empty buffer takes a line, too.
-    RecvLayout::new(shape, rows).bytes + RecvLayout::new(outputs, rows).bytes + 2 * LINE
+    RecvLayout::new(shape, rows).bytes + RecvLayout::new(outputs, rows).bytes
 }
 
 /// What a rank measured in a step.

@@ -133,6 +133,8 @@ impl World {
 
     /// Starts `run` when the earlier runs of its rank and lane are over.
     pub fn submit(&self, run: Arc<Run>) {
+        let started = run.op.started();
+        tracing::debug!(rank = run.rank, kind = %started.kind, epoch = started.epoch, "operation started");
         let mut lane = lock(self.lane(&run));
         lane.push_back(run);
         if lane.len() == 1 {
@@ -154,6 +156,8 @@ impl World {
             (_, Some(fault)) => Err(Error::Fault(fault)),
             (result, None) => result.expect("tasks end of themselves or by a fault").clone(),
         };
+        let started = run.op.started();
+        tracing::debug!(rank = run.rank, kind = %started.kind, epoch = started.epoch, ok = result.is_ok(), "operation over");
         lock(&self.active).retain(|other| !Arc::ptr_eq(other, run));
         self.version.fetch_add(1, Ordering::Release);
         let mut lane = lock(self.lane(run));
