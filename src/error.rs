@@ -322,12 +322,12 @@ pub enum Error {
         /// The largest free block.
         largest: usize,
     },
-    /// Not every rank called `reset` within the deadline.
-    #[error("reset: ranks {missing:?} did not come within {after:?}")]
+    /// Not every rank called `reset` within the deadline, or one has left for good.
+    #[error("reset: waited {after:?} for ranks {missing:?} in vain")]
     ResetIncomplete {
-        /// The ranks that did not come.
+        /// The ranks that did not come, or that have left.
         missing: Vec<usize>,
-        /// The deadline.
+        /// How long the first to come waited.
         after: Duration,
     },
 }

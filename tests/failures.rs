@@ -14,8 +14,8 @@ use railhop::error::{Cause, Error, Fault, Kind, Reason, Role, Tensor};
 use railhop::fabric::Fabric;
 use railhop::wire::region::{Lane, RegionMap, WordId};
 use railhop::{
-    Combine, Communicator, Config, Failed, Fp8Tokens, Handle, RecvBuffer, Routing, RowFormat, RowShape, Rows,
-    ScaleData, ScaleFormat, ScaleOrder, Scales,
+    Combine, Communicator, Config, Failed, Fp8Tokens, Handle, LocalWorld, RecvBuffer, Routing, RowFormat,
+    RowShape, Rows, ScaleData, ScaleFormat, ScaleOrder, Scales, Topology,
 };
 
 /// For tests in which a wait runs out.
@@ -944,5 +944,20 @@ fn dropped_operations_return_their_buffers() {
             ranks.plan(&case);
         }
         ranks.round_trip(&case);
+    });
+}
+
+#[test]
+fn a_reset_does_not_wait_for_a_rank_that_has_left() {
+    within(LIMIT, || {
+        let config = Config::builder(Topology::new(1, 3).unwrap()).experts(3).build().unwrap();
+        let results = LocalWorld::new(config).unwrap().run(|mut comm| match comm.rank() {
+            2 => Ok(()),
+            _ => comm.reset(),
+        });
+        for result in &results[..2] {
+            let Err(Error::ResetIncomplete { missing, .. }) = result else { panic!("{result:?}") };
+            assert_eq!(*missing, [2]);
+        }
     });
 }

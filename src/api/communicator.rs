@@ -297,7 +297,7 @@ impl Communicator {
     /// communicator usable again. Handles made before are stale; retired memory is lent again.
     ///
     /// # Errors
-    /// [`Error::ResetIncomplete`] names the ranks that did not call it within the deadline.
+    /// [`Error::ResetIncomplete`] names the ranks that did not call it within the deadline, or that have left.
     pub fn reset(&mut self) -> Result<(), Error> {
         let world = self.engine.world();
         world.reset(self.rank)?;

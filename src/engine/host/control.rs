@@ -20,8 +20,8 @@ struct State {
     fault: Option<Arc<Fault>>,
     generation: u16,
     resetting: Vec<bool>,
-    /// Meetings that ended without everybody, and whom the last of them missed.
-    given_up: (u64, Vec<usize>),
+    /// Meetings that ended without everybody, and what the last of them came to.
+    given_up: (u64, Option<Error>),
 }
 
 impl Control {
@@ -34,7 +34,7 @@ impl Control {
                 fault: None,
                 generation: 1,
                 resetting: vec![false; world_size],
-                given_up: (0, Vec::new()),
+                given_up: (0, None),
             }),
             met: Condvar::new(),
         }
@@ -66,6 +66,9 @@ impl Control {
 
     pub(super) fn depart(&self, rank: usize) {
         self.departed[rank].store(true, Ordering::Release);
+        // Under the lock, so that nobody who is about to wait for this rank misses it.
+        drop(lock(&self.state));
+        self.met.notify_all();
     }
 
     /// Whether `rank` has left. All it ever signalled is visible to who sees this.
@@ -73,38 +76,52 @@ impl Control {
         self.departed[rank].load(Ordering::Acquire)
     }
 
-    /// Meets all ranks and raises the generation. The caller has no run left. When the first to have come has
-    /// waited long enough, all who are there give up, so that they name the same ranks.
+    /// Meets all ranks and raises the generation. The caller has no run left. When a rank has left, or the first
+    /// to have come has waited long enough, all who are there give up, so that they name the same ranks.
     pub(super) fn reset(&self, rank: usize, deadline: Duration) -> Result<(), Error> {
-        let until = Instant::now() + deadline;
+        let started = Instant::now();
         let mut state = lock(&self.state);
         let (generation, meeting) = (state.generation, state.given_up.0);
         state.resetting[rank] = true;
         if state.resetting.iter().all(|&met| met) {
-            // Generation 0 is that of zeroed memory.
-            state.generation = generation.checked_add(1).unwrap_or(1);
-            state.fault = None;
-            state.resetting.fill(false);
+            state.raise_generation();
             self.faulted.store(false, Ordering::Release);
             self.met.notify_all();
-            return Ok(());
         }
         while state.generation == generation {
-            let left = until.saturating_duration_since(Instant::now());
-            if state.given_up.0 == meeting && left.is_zero() {
-                let missing = (0..state.resetting.len()).filter(|&other| !state.resetting[other]).collect();
-                state.given_up = (meeting + 1, missing);
-                state.resetting.fill(false);
+            let waited = started.elapsed().min(deadline);
+            if state.given_up.0 == meeting && (waited == deadline || self.departed().next().is_some()) {
+                state.give_up(self.departed().collect(), waited);
                 self.met.notify_all();
             }
-            if state.given_up.0 != meeting {
-                let missing = state.given_up.1.clone();
-                return Err(Error::ResetIncomplete { missing, after: deadline });
+            if let (true, Some(error)) = (state.given_up.0 != meeting, &state.given_up.1) {
+                return Err(error.clone());
             }
-            let (guard, _) =
-                self.met.wait_timeout(state, left).unwrap_or_else(|poisoned| poisoned.into_inner());
-            state = guard;
+            let left = self.met.wait_timeout(state, deadline - waited);
+            (state, _) = left.unwrap_or_else(|poisoned| poisoned.into_inner());
         }
         Ok(())
+    }
+
+    /// The ranks that have left.
+    fn departed(&self) -> impl Iterator<Item = usize> {
+        (0..self.departed.len()).filter(|&rank| self.has_departed(rank))
+    }
+}
+
+impl State {
+    fn raise_generation(&mut self) {
+        // Generation 0 is that of zeroed memory.
+        self.generation = self.generation.checked_add(1).unwrap_or(1);
+        self.fault = None;
+        self.resetting.fill(false);
+    }
+
+    /// Ends the meeting for the sake of `departed` ranks, or else of those that have not come.
+    fn give_up(&mut self, departed: Vec<usize>, after: Duration) {
+        let absent = || (0..self.resetting.len()).filter(|&rank| !self.resetting[rank]).collect();
+        let missing = if departed.is_empty() { absent() } else { departed };
+        self.given_up = (self.given_up.0 + 1, Some(Error::ResetIncomplete { missing, after }));
+        self.resetting.fill(false);
     }
 }
