@@ -12,7 +12,7 @@ use super::pending::{
     PlanOperation,
 };
 use crate::config::Config;
-use crate::engine::host::{CallerBuffers, Engine, Keep, Run, World};
+use crate::engine::host::{CallerBuffers, Engine, Keep, Run, Waiter, World};
 use crate::error::{Error, Kind, Reason, Started, Tensor};
 use crate::proto::plan::{self, Plan};
 use crate::proto::{Buffer, Input, Op, OpSpec};
@@ -358,7 +358,7 @@ impl Communicator {
         OpSpec { started, shape, weights, poison, buffer, plan: plan.clone() }
     }
 
-    fn start(&mut self, spec: OpSpec, kept: Keep, buffers: Buffers) -> Arc<Run> {
+    fn start(&mut self, spec: OpSpec, kept: Keep, buffers: Buffers) -> Waiter {
         let world = self.engine.world();
         let lane = match spec.started.kind {
             Kind::Combine => Lane::Combine,
@@ -370,10 +370,10 @@ impl Communicator {
         let op = Op::new(world.config.clone(), world.map.clone(), self.rank, self.generation, turn, spec);
         let run = Arc::new(Run::new(Arc::new(op), self.rank, buffers.0, kept));
         world.submit(run.clone());
-        run
+        Waiter::new(run)
     }
 
-    fn pending<O>(&self, run: Arc<Run>, operation: O) -> Pending<O> {
+    fn pending<O>(&self, run: Waiter, operation: O) -> Pending<O> {
         Pending { run, operation, _presence: self.presence.clone(), _engine: self.engine.clone() }
     }
 }

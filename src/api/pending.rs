@@ -7,14 +7,14 @@ use half::bf16;
 use super::buffer::RecvBuffer;
 use super::communicator::{Handle, Presence};
 use super::input::{Combine, ExpertOutputs, Tokens};
-use crate::engine::host::{Engine, Keep, Run};
+use crate::engine::host::{Engine, Keep, Waiter};
 use crate::error::Error;
 
 /// An operation that was started. The engine works on it whether or not anybody waits; dropping or forgetting
 /// it loses the result and nothing else: its buffers live until the engine is done with them.
 #[must_use = "the result and the buffers come back by `wait`"]
 pub struct Pending<O> {
-    pub(crate) run: Arc<Run>,
+    pub(crate) run: Waiter,
     pub(crate) operation: O,
     // Dropped last: the rank counts as present, and the workers run, while an operation is under way.
     pub(crate) _presence: Arc<Presence>,

@@ -10,7 +10,7 @@ mod watch;
 
 pub use control::Control;
 pub use port::{CallerBuffers, HostPort};
-pub use run::{Keep, Run};
+pub use run::{Keep, Run, Waiter};
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -160,13 +160,13 @@ impl World {
         tracing::debug!(rank = run.rank, kind = %started.kind, epoch = started.epoch, ok = result.is_ok(), "operation over");
         lock(&self.active).retain(|other| !Arc::ptr_eq(other, run));
         self.version.fetch_add(1, Ordering::Release);
+        run.finish(result);
         let mut lane = lock(self.lane(run));
         lane.pop_front();
         if let Some(next) = lane.front() {
             self.activate(next);
         }
         drop(lane);
-        run.finish(result);
     }
 
     /// Whether `rank` has no run left.
@@ -275,10 +275,10 @@ impl<'a> Worker<'a> {
                     }
                     Ok(Progress::Pending) => slot.blocked = None,
                     Ok(Progress::Blocked(wait)) => {
-                        let since = slot.blocked.map_or(now, |(since, _)| since);
+                        let since = slot.blocked.map_or_else(Instant::now, |(since, _)| since);
                         slot.blocked = Some((since, wait));
                         drop(slot);
-                        self.watch(run, wait, now - since, micros);
+                        self.watch(run, wait, now.saturating_duration_since(since), micros);
                     }
                     Err(fault) => self.world.broadcast(run, fault),
                 }

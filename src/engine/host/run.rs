@@ -24,10 +24,47 @@ pub struct Run {
     pub(super) moved_at: AtomicU64,
     /// A fault ended a task before it was done.
     stopped: AtomicBool,
-    keep: Mutex<Option<Keep>>,
     result: OnceLock<Result<(), Error>>,
-    finished: Mutex<bool>,
+    state: Mutex<State>,
     wake: Condvar,
+}
+
+struct State {
+    finished: bool,
+    abandoned: bool,
+    /// Until it is taken.
+    keep: Option<Keep>,
+}
+
+impl State {
+    /// What is kept for nobody any more.
+    fn unwanted(&mut self) -> Option<Keep> {
+        self.keep.take_if(|_| self.finished && self.abandoned)
+    }
+}
+
+/// The caller's end of a run.
+pub struct Waiter(Arc<Run>);
+
+impl Waiter {
+    /// The end of `run`.
+    pub fn new(run: Arc<Run>) -> Self {
+        Self(run)
+    }
+}
+
+impl std::ops::Deref for Waiter {
+    type Target = Run;
+
+    fn deref(&self) -> &Run {
+        &self.0
+    }
+}
+
+impl Drop for Waiter {
+    fn drop(&mut self) {
+        self.0.abandon();
+    }
 }
 
 /// A task and what it waits for.
@@ -49,9 +86,8 @@ impl Run {
             tasks,
             moved_at: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
-            keep: Mutex::new(Some(keep)),
             result: OnceLock::new(),
-            finished: Mutex::new(false),
+            state: Mutex::new(State { finished: false, abandoned: false, keep: Some(keep) }),
             wake: Condvar::new(),
         }
     }
@@ -68,9 +104,22 @@ impl Run {
     /// Ends the run: only called when no task is left.
     pub(super) fn finish(&self, result: Result<(), Error>) {
         if self.result.set(result).is_ok() {
-            *lock(&self.finished) = true;
+            let mut state = lock(&self.state);
+            state.finished = true;
+            let unwanted = state.unwanted();
+            drop(state);
             self.wake.notify_all();
+            drop(unwanted);
         }
+    }
+
+    /// Nobody will take what the run keeps: it goes as soon as the run is over, whoever still knows the run.
+    fn abandon(&self) {
+        let mut state = lock(&self.state);
+        state.abandoned = true;
+        let unwanted = state.unwanted();
+        drop(state);
+        drop(unwanted);
     }
 
     /// Whether [`Run::wait`] would return at once.
@@ -80,16 +129,16 @@ impl Run {
 
     /// Sleeps until the run is over; every wait of its tasks has a deadline, so this one has an end.
     pub fn wait(&self) -> Result<(), Error> {
-        let mut finished = lock(&self.finished);
-        while !*finished {
-            finished = self.wake.wait(finished).unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut state = lock(&self.state);
+        while !state.finished {
+            state = self.wake.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner());
         }
         self.result.get().expect("set before `finished`").clone()
     }
 
     /// What the run kept, once.
     pub fn take_keep(&self) -> Option<Keep> {
-        lock(&self.keep).take()
+        lock(&self.state).keep.take()
     }
 
     /// The operation.

@@ -9,7 +9,7 @@ use crate::error::{Cause, Fault, Wait};
 
 /// The fault of a wait of `run` that expired, at the end of the chains that begin there: at a rank that waits for
 /// nobody, or has not entered the operation, so that a healthy but blocked rank is not blamed. Chains that all
-/// end in a circle are cut where somebody has waited longest.
+/// end in a circle are cut at the wait for what comes first in an operation, and of those at the longest.
 pub(super) fn blame(world: &World, runs: &[Arc<Run>], run: &Run, wait: Wait) -> Fault {
     let cause = Cause::Deadline(world.config.deadline);
     let mut reached = vec![(Instant::now(), wait)];
@@ -28,8 +28,15 @@ pub(super) fn blame(world: &World, runs: &[Arc<Run>], run: &Run, wait: Wait) -> 
         }
         reached.extend(waits);
     }
-    let longest = reached.iter().min_by_key(|(since, _)| *since);
-    fault(run, longest.map_or(wait, |(_, wait)| *wait), cause)
+    let first = reached.iter().min_by_key(|(since, wait)| (stage(wait), *since));
+    fault(run, first.map_or(wait, |(_, wait)| *wait), cause)
+}
+
+/// How far an operation has come when it waits for this: what is missing earlier explains what is missing later.
+fn stage(wait: &Wait) -> usize {
+    const STAGES: [&str; 4] = ["rail record", "enter record", "gathered counts", "verdict"];
+    let rows = STAGES.len() + usize::from(wait.what == "arrivals");
+    STAGES.iter().position(|&what| what == wait.what).unwrap_or(rows)
 }
 
 /// The fault of `run` that ends in `wait`.
