@@ -113,7 +113,8 @@
 
 pub mod api;
 pub mod config;
-pub mod engine;
+// Not public: a hand-made operation could name memory that somebody borrows.
+mod engine;
 pub mod error;
 pub mod fabric;
 pub mod numeric;

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use common::{BF16, Case, LIMIT, Random, Ranks, bits, config, contents, within};
 use half::bf16;
-use railhop::engine::host::Engine;
 use railhop::numeric::{quantise, scale_groups};
 use railhop::{
     Combine, Dispatched, Fp8Tokens, LocalWorld, RecvBuffer, RowFormat, RowShape, Rows, ScaleData,
@@ -369,17 +368,6 @@ fn many_ranks_share_two_workers() {
             LocalWorld::new(config).unwrap().run(|mut comm| case.round_trip(&mut comm));
         }
     });
-}
-
-#[test]
-fn what_is_mapped_is_what_the_configuration_says() {
-    for (nodes, ranks_per_node) in [(1, 1), (1, 8), (4, 2)] {
-        let config = config(nodes, ranks_per_node).build().unwrap();
-        let (memory, world_size) = (config.memory(), config.topology().world_size());
-        let engine = Engine::new(config, |fabric| fabric).unwrap();
-        let mapped: Vec<_> = engine.world().regions.iter().map(|region| region.bytes()).collect();
-        assert_eq!(mapped, vec![memory.region; world_size]);
-    }
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Worlds whose ranks are threads of one process.
 
+#![allow(unsafe_code)] // `with_fabric` has a contract.
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -24,14 +26,24 @@ impl LocalWorld {
     /// # Errors
     /// The system refuses the memory or the threads.
     pub fn new(config: Config) -> Result<Self, ConfigError> {
-        Self::with_fabric(config, |fabric| fabric)
+        Self::build(config, |fabric| fabric)
     }
 
     /// As [`LocalWorld::new`], with another fabric around the local one: for fault injection.
     ///
+    /// # Safety
+    /// The fabric writes nothing but what it is told to: it may delay or lose puts and signals, and panic.
+    ///
     /// # Errors
     /// As [`LocalWorld::new`].
-    pub fn with_fabric(
+    pub unsafe fn with_fabric(
+        config: Config,
+        wrap: impl FnOnce(Arc<dyn Fabric>) -> Arc<dyn Fabric>,
+    ) -> Result<Self, ConfigError> {
+        Self::build(config, wrap)
+    }
+
+    fn build(
         config: Config,
         wrap: impl FnOnce(Arc<dyn Fabric>) -> Arc<dyn Fabric>,
     ) -> Result<Self, ConfigError> {

@@ -41,14 +41,13 @@
 
 mod combine_forwarder;
 mod encoder;
+mod forwarder;
 mod op;
 pub mod plan;
 mod receiver;
 mod reducer;
 mod ring;
 mod sender;
-
-mod forwarder;
 
 pub use op::{Buffer, Op, OpSpec};
 pub use ring::{RecvRing, RingEnd, SendRing};

@@ -331,3 +331,21 @@ impl<'a> Worker<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::topology::Topology;
+
+    #[test]
+    fn what_is_mapped_is_what_the_configuration_says() {
+        for (nodes, ranks_per_node) in [(1, 1), (1, 8), (4, 2)] {
+            let topology = Topology::new(nodes, ranks_per_node).unwrap();
+            let config = Config::builder(topology).experts(8).pool_bytes(12345).build().unwrap();
+            let memory = config.memory();
+            let engine = Engine::new(config, |fabric| fabric).unwrap();
+            let mapped: Vec<_> = engine.world().regions.iter().map(Region::bytes).collect();
+            assert_eq!(mapped, vec![memory.region; topology.world_size()]);
+        }
+    }
+}

@@ -140,11 +140,6 @@ impl Run {
     pub fn take_keep(&self) -> Option<Keep> {
         lock(&self.state).keep.take()
     }
-
-    /// The operation.
-    pub fn op(&self) -> &Arc<Op> {
-        &self.op
-    }
 }
 
 /// A panic elsewhere is reported as a fault; the state under the lock is still whole.
