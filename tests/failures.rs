@@ -143,6 +143,16 @@ impl<I> Given<'_, I> {
         (self.rank + 1) % self.handles.len()
     }
 
+    fn handle_of_another_rank(&mut self) -> Reason {
+        self.handle = self.handles[self.other()].clone();
+        Reason::Foreign
+    }
+
+    fn handle_of_another_world(&mut self) -> Reason {
+        self.handle = foreign(self.case).0;
+        Reason::Foreign
+    }
+
     fn buffer(&self, rank: usize, rows: usize, shape: RowShape) -> RecvBuffer {
         self.ranks.comms[rank].recv_buffer(rows, shape).unwrap()
     }
@@ -179,14 +189,8 @@ const BAD_DISPATCHES: Flaws<(Vec<bf16>, RecvBuffer)> = &[
         given.input.1 = foreign(given.case).1;
         Reason::Foreign
     },
-    |given| {
-        given.handle = given.handles[given.other()].clone();
-        Reason::Foreign
-    },
-    |given| {
-        given.handle = foreign(given.case).0;
-        Reason::Foreign
-    },
+    |given| given.handle_of_another_rank(),
+    |given| given.handle_of_another_world(),
 ];
 
 /// Every rank's handle and input, one of them spoilt, and why it must be refused.
@@ -323,14 +327,8 @@ const BAD_COMBINES: Flaws<(RecvBuffer, Arc<[bf16]>)> = &[
         given.input.0 = foreign(given.case).1;
         Reason::Foreign
     },
-    |given| {
-        given.handle = given.handles[given.other()].clone();
-        Reason::Foreign
-    },
-    |given| {
-        given.handle = foreign(given.case).0;
-        Reason::Foreign
-    },
+    |given| given.handle_of_another_rank(),
+    |given| given.handle_of_another_world(),
 ];
 
 const BAD_ROWS: Flaws<Rows<Vec<bf16>>> = &[
@@ -773,8 +771,7 @@ fn every_wait_of_every_role_ends() {
         let slots = if matches!(lost, WordId::Head { .. }) { 2 } else { 16 };
         let builder = config(2, 2).deadline(SHORT).channels(1).chunk_tokens(1).ring_slots(slots);
         let config = builder.build().unwrap();
-        let lane = if kind == Kind::Combine { Lane::Combine } else { Lane::Dispatch };
-        let word = RegionMap::new(&config).word(lane, lost);
+        let word = RegionMap::new(&config).word(Lane::of(kind), lost);
         let armed = Arc::new(AtomicBool::new(false));
         let lossy = |inner| Arc::new(Lossy { inner, lost: (from, to, word), armed: armed.clone() }) as _;
         let mut ranks = Ranks::with_fabric(&config, lossy);

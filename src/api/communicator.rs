@@ -360,10 +360,7 @@ impl Communicator {
 
     fn start(&mut self, spec: OpSpec, kept: Keep, buffers: Buffers) -> Waiter {
         let world = self.engine.world();
-        let lane = match spec.started.kind {
-            Kind::Combine => Lane::Combine,
-            Kind::Plan | Kind::Dispatch | Kind::PlanDispatch => Lane::Dispatch,
-        };
+        let lane = Lane::of(spec.started.kind);
         let turn = self.turns[lane as usize];
         self.turns[lane as usize] += 1;
         self.epoch += 1;

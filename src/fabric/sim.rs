@@ -16,7 +16,7 @@ use std::sync::Arc;
 use half::bf16;
 
 use crate::config::Config;
-use crate::error::{Error, Kind, Started, Wait};
+use crate::error::{Error, Started, Wait};
 use crate::proto::plan::{Plan, Routing};
 use crate::proto::{Buffer, Input, Op, OpSpec, Port, Progress, Step, Task};
 use crate::wire::region::{LANES, Lane, RegionMap, WordId};
@@ -168,7 +168,7 @@ impl Sim {
     /// configuration of `spec` are filled in here.
     pub fn start(&mut self, rank: usize, mut spec: OpSpec, input: Option<Arc<[bf16]>>) -> usize {
         let (id, own) = (self.operations.len(), &mut self.ranks[rank]);
-        let lane = if spec.started.kind == Kind::Combine { Lane::Combine } else { Lane::Dispatch } as usize;
+        let lane = Lane::of(spec.started.kind) as usize;
         (spec.started.epoch, spec.started.config) = (own.epoch, self.config.agreement_hash());
         let (config, map, turn) = (self.config.clone(), self.map.clone(), own.turns[lane]);
         let op = Arc::new(Op::new(config, map, rank, self.generation, turn, spec));

@@ -154,10 +154,7 @@ impl Op {
     }
 
     pub(crate) fn lane(&self) -> Lane {
-        match self.started.kind {
-            Kind::Combine => Lane::Combine,
-            Kind::Plan | Kind::Dispatch | Kind::PlanDispatch => Lane::Dispatch,
-        }
+        Lane::of(self.started.kind)
     }
 
     /// Whether counts are exchanged.

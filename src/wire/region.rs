@@ -5,6 +5,7 @@ use super::record::{CountBlock, EnterRecord, RailRecord, VerdictRecord};
 use super::shape::max_pitches;
 use super::{LINE, align_up};
 use crate::config::Config;
+use crate::error::Kind;
 
 /// Operations of one lane are sequential; the two lanes are independent, with their own words and rings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -13,6 +14,16 @@ pub enum Lane {
     Dispatch,
     /// Combine.
     Combine,
+}
+
+impl Lane {
+    /// The lane on which operations of `kind` run.
+    pub fn of(kind: Kind) -> Self {
+        match kind {
+            Kind::Plan | Kind::Dispatch | Kind::PlanDispatch => Self::Dispatch,
+            Kind::Combine => Self::Combine,
+        }
+    }
 }
 
 /// The lanes, in the order of the region.

@@ -78,6 +78,8 @@ struct Bench {
     iters: usize,
     topk_idx: Vec<Vec<i64>>,
     topk_weights: Vec<Vec<f32>>,
+    /// By rank, the rows it receives.
+    rows: Vec<usize>,
     tokens: usize,
 }
 
@@ -88,21 +90,24 @@ impl Bench {
         let shape = RowShape { hidden: args.hidden, topk: args.topk, format: args.format.row_format() };
         let builder =
             Config::builder(topology).experts(args.experts).max_hidden(args.hidden).max_topk(args.topk);
+        let builder = args.tuning.apply(builder);
         let (topk_idx, topk_weights) = (0..world).map(|rank| random_routing(args, rank)).unzip();
         let mut bench = Self {
-            config: args.tuning.apply(builder).build()?,
+            config: builder.clone().build()?,
             shape,
+            rows: vec![0; world],
             iters: args.iters,
             topk_idx,
             topk_weights,
             tokens: args.tokens,
         };
-        let rows = (0..world).map(|rank| bench.rows(rank)).max().unwrap_or(0);
+        let mut received = vec![0; world];
+        bench.destinations().for_each(|(_, ranks)| ranks.into_iter().for_each(|rank| received[rank] += 1));
+        bench.rows = received;
+        let rows = bench.rows.iter().copied().max().unwrap_or(0);
         let bf16 = RowShape { format: RowFormat::Bf16, ..shape };
         let pool = RecvLayout::new(shape, rows).bytes + RecvLayout::new(bf16, rows).bytes;
-        let builder =
-            Config::builder(topology).experts(args.experts).max_hidden(args.hidden).max_topk(args.topk);
-        bench.config = args.tuning.apply(builder).pool_bytes(pool).build()?;
+        bench.config = builder.pool_bytes(pool).build()?;
         Ok(bench)
     }
 
@@ -118,11 +123,6 @@ impl Bench {
                 (rank, ranks)
             })
         })
-    }
-
-    /// Rows that `rank` receives.
-    fn rows(&self, rank: usize) -> usize {
-        self.destinations().filter(|(_, ranks)| ranks.contains(&rank)).count()
     }
 
     fn measure(&self) -> Result<Measured, Box<dyn Error + Send + Sync>> {
@@ -196,7 +196,7 @@ impl<'a> Rank<'a> {
     fn new(bench: &'a Bench, communicator: Communicator, meeting: &'a Meeting) -> Option<Self> {
         let rank = communicator.rank();
         let elements = bench.tokens * bench.shape.hidden;
-        let buffers = Buffers::new(&communicator, bench.rows(rank), elements, bench.shape);
+        let buffers = Buffers::new(&communicator, bench.rows[rank], elements, bench.shape);
         let buffers = meeting.join(rank, buffers.map_err(|error| error.to_string()))?;
         let (topk_idx, topk_weights) = (&bench.topk_idx[rank], &bench.topk_weights[rank]);
         let value = |i: usize| bf16::from_f32((i * 31 % 251) as f32 / 64.0 - 2.0);
