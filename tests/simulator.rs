@@ -90,8 +90,13 @@ impl Lent {
         lent
     }
 
+    /// Offset in the region: that of the first part.
+    fn offset(&self) -> usize {
+        self.buffer.parts.x as usize
+    }
+
     fn range(&self) -> std::ops::Range<usize> {
-        self.buffer.offset..self.buffer.offset + self.layout.bytes
+        self.offset()..self.offset() + self.layout.bytes
     }
 
     fn wipe(&self, sim: &mut Sim, rank: usize) {
@@ -293,7 +298,7 @@ impl World {
         let tokens = &self.tokens[action.tokens];
         let (topk, rows) = (tokens.shape.topk, tokens.received[rank].sources.len());
         let script = &mut self.scripts[rank];
-        let (mut shape, mut buffer, mut input) = (tokens.shape, Buffer { offset: 0, capacity: 0 }, None);
+        let (mut shape, mut buffer, mut input) = (tokens.shape, Buffer::none(), None);
         match kind {
             Kind::Plan => shape = RowShape { hidden: 0, topk, format: RowFormat::Bf16 },
             Kind::Dispatch | Kind::PlanDispatch => {
@@ -309,7 +314,7 @@ impl World {
             }
         }
         if poison.is_some() {
-            (buffer, input) = (Buffer { offset: 0, capacity: 0 }, None);
+            (buffer, input) = (Buffer::none(), None);
         }
         let plan = match kind {
             Kind::Dispatch | Kind::Combine => script.plans[&tokens.step].clone(),
@@ -375,7 +380,7 @@ impl World {
     fn check_received(&self, sim: &mut Sim, rank: usize, tokens: usize, lent: Lent) -> Lent {
         let Tokens { shape, received, .. } = &self.tokens[tokens];
         let (received, rows, layout) = (&received[rank], received[rank].sources.len(), lent.layout);
-        let part = |at: usize, pitch: usize| &sim.region(rank)[lent.buffer.offset + at..][..rows * pitch];
+        let part = |at: usize, pitch: usize| &sim.region(rank)[lent.offset() + at..][..rows * pitch];
         let topk_idx: Vec<i32> = bytemuck::pod_collect_to_vec(part(layout.topk_idx, 4 * shape.topk));
         let topk_weights: Vec<u32> = bytemuck::pod_collect_to_vec(part(layout.topk_weights, 4 * shape.topk));
         let sources = part(layout.source, 8).chunks_exact(8).map(bytemuck::pod_read_unaligned::<[u32; 2]>);
@@ -406,7 +411,7 @@ impl World {
         let y = self.experts(rank, shape, &values, received);
         let outputs = Lent::new(sim, rank, RowShape { format: RowFormat::Bf16, ..*shape }, rows);
         let mut write = |part: usize, bytes: &[u8]| {
-            sim.region_mut(rank)[outputs.buffer.offset + part..][..bytes.len()].copy_from_slice(bytes);
+            sim.region_mut(rank)[outputs.offset() + part..][..bytes.len()].copy_from_slice(bytes);
         };
         write(outputs.layout.x, bytemuck::cast_slice(&y));
         write(outputs.layout.topk_weights, bytemuck::cast_slice(&received.topk_weights));

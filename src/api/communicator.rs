@@ -353,8 +353,8 @@ impl Communicator {
             plan: plan.epoch,
             config: self.agreement,
         };
-        let at = |b: &RecvBuffer| Buffer { offset: b.offset, capacity: b.capacity() };
-        let buffer = buffer.filter(|_| poison.is_none()).map_or(Buffer { offset: 0, capacity: 0 }, at);
+        let at = |b: &RecvBuffer| Buffer::new(&b.layout, b.offset);
+        let buffer = buffer.filter(|_| poison.is_none()).map_or(Buffer::none(), at);
         OpSpec { started, shape, weights, poison, buffer, plan: plan.clone() }
     }
 

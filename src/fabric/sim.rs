@@ -143,9 +143,10 @@ impl Sim {
     pub fn buffer(&mut self, rank: usize, shape: RowShape, capacity: usize) -> Buffer {
         let lent = &mut self.ranks[rank].lent;
         let offset = self.map.pool + *lent;
-        *lent += align_up(RecvLayout::new(shape, capacity).bytes, LINE);
+        let layout = RecvLayout::new(shape, capacity);
+        *lent += align_up(layout.bytes, LINE);
         assert!(*lent <= self.map.memory.pool, "Config::pool_bytes is too small");
-        Buffer { offset, capacity }
+        Buffer::new(&layout, offset)
     }
 
     /// The region of `rank`.

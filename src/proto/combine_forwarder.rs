@@ -9,7 +9,6 @@ use super::{Buffer, Op, Port, Progress, SendRing, both};
 use crate::config::MAX_TOPK;
 use crate::error::Role;
 use crate::numeric::{Reduction, reduce};
-use crate::wire::shape::RecvLayout;
 
 /// Sums and puts one channel's tokens for all home ranks of its rail.
 pub struct CombineForwarder {
@@ -125,9 +124,7 @@ impl<'a> Outputs<'a> {
         let bytes = self.op.shape.row_bytes();
         for (row, place) in rows.iter_mut().zip(places) {
             let buffer = &self.buffers[place.local as usize];
-            let at = buffer.offset
-                + RecvLayout::new(self.op.shape, buffer.capacity).x
-                + place.row as usize * bytes;
+            let at = buffer.parts.x as usize + place.row as usize * bytes;
             *row = bytemuck::cast_slice(port.peer(self.op.node_peer(place.local as usize), at, bytes));
         }
         &rows[..places.len()]
@@ -141,8 +138,7 @@ impl<'a> Outputs<'a> {
         let bytes = size_of_val(sums);
         for place in places {
             let buffer = &self.buffers[place.local as usize];
-            let part = RecvLayout::new(self.op.shape, buffer.capacity).topk_weights;
-            let at = buffer.offset + part + place.row as usize * bytes;
+            let at = buffer.parts.topk_weights as usize + place.row as usize * bytes;
             let weights = port.peer(self.op.node_peer(place.local as usize), at, bytes);
             sums.iter_mut()
                 .zip(bytemuck::cast_slice::<u8, f32>(weights))

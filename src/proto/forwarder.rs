@@ -9,7 +9,7 @@ use crate::config::MAX_TOPK;
 use crate::error::Role;
 use crate::topology::MAX_RANKS_PER_NODE;
 use crate::wire::ROW_ALIGN;
-use crate::wire::shape::{DispatchSlot, Header, MAX_HEADER_WORDS, RecvLayout, header_words};
+use crate::wire::shape::{DispatchSlot, Header, MAX_HEADER_WORDS, header_words};
 
 /// Forwards one channel's tokens from all ranks of its rail.
 pub struct Forwarder {
@@ -189,18 +189,16 @@ impl<'a> Rows<'a> {
     fn store(&self, port: &impl Port, node: usize, local: usize, at: usize, token: &Token<'_>) {
         let (op, topk) = (self.op, self.op.shape.topk);
         let rank = op.node_peer(local);
-        let buffer = &self.buffers[local];
-        let layout = RecvLayout::new(op.shape, buffer.capacity);
-        let store =
-            |part: usize, bytes: &[u8]| port.store(rank, buffer.offset + part + at * bytes.len(), bytes);
-        store(layout.x, token.row);
+        let parts = &self.buffers[local].parts;
+        let store = |part: u64, bytes: &[u8]| port.store(rank, part as usize + at * bytes.len(), bytes);
+        store(parts.x, token.row);
         if !token.scales.is_empty() {
-            store(layout.scales, token.scales);
+            store(parts.scales, token.scales);
         }
         let (experts, weights) = self.at_rank(&token.header, rank);
-        store(layout.topk_idx, bytemuck::cast_slice(&experts[..topk]));
-        store(layout.topk_weights, bytemuck::cast_slice(&weights[..topk]));
-        store(layout.source, bytemuck::bytes_of(&[op.rail_peer(node) as u32, token.header.token()]));
+        store(parts.topk_idx, bytemuck::cast_slice(&experts[..topk]));
+        store(parts.topk_weights, bytemuck::cast_slice(&weights[..topk]));
+        store(parts.source, bytemuck::bytes_of(&[op.rail_peer(node) as u32, token.header.token()]));
     }
 
     /// The token's entries as `rank` sees them: local indices and weights, −1 and 0 for experts elsewhere.

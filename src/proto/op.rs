@@ -2,22 +2,36 @@
 
 use std::sync::{Arc, OnceLock};
 
+use bytemuck::Zeroable;
+
 use super::Port;
 use super::plan::Plan;
 use crate::config::Config;
 use crate::error::{Error, Kind, Reason, Role, Started, Wait};
 use crate::wire::record::{StartedRecord, VerdictRecord};
 use crate::wire::region::{Lane, RegionMap, WordId};
-use crate::wire::shape::{CombineSlot, DispatchSlot, RowShape};
+use crate::wire::shape::{CombineSlot, DispatchSlot, RecvLayout, RecvParts, RowShape};
 use crate::wire::word::{Index, Word};
 
 /// A buffer in a region: the receive buffer of a dispatch, the expert outputs of a combine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Buffer {
-    /// Offset in the region.
-    pub offset: usize,
     /// Rows it holds.
     pub capacity: usize,
+    /// Where its parts lie.
+    pub parts: RecvParts,
+}
+
+impl Buffer {
+    /// The buffer of `layout` at `offset` of its region.
+    pub fn new(layout: &RecvLayout, offset: usize) -> Self {
+        Self { capacity: layout.capacity, parts: layout.parts_at(offset) }
+    }
+
+    /// No buffer.
+    pub fn none() -> Self {
+        Self { capacity: 0, parts: RecvParts::zeroed() }
+    }
 }
 
 /// What the caller of an operation decides.

@@ -34,8 +34,8 @@ impl Receiver {
     fn enter(&self, port: &impl Port) -> Result<(), Wait> {
         let op = &*self.op;
         let (started, poison) = (op.started_record(), op.poison.into());
-        let Buffer { offset, capacity } = op.buffer;
-        let record = EnterRecord { started, poison, offset: offset as u64, capacity: capacity as u64 };
+        let Buffer { capacity, parts } = op.buffer;
+        let record = EnterRecord { started, poison, capacity: capacity as u64, parts };
         for local in 0..op.ranks_per_node() {
             let at = op.map.enter(op.lane(), op.parity(), op.local());
             port.store(op.node_peer(local), at, bytes_of(&record));
@@ -109,7 +109,7 @@ impl Receiver {
             let _ = op.plan.arrivals.set(self.count(port, in_step));
         }
         let verdict = self.judge(&records);
-        let buffer = |r: &EnterRecord| Buffer { offset: r.offset as usize, capacity: r.capacity as usize };
+        let buffer = |r: &EnterRecord| Buffer { capacity: r.capacity as usize, parts: r.parts };
         let buffers = records.iter().map(buffer).collect();
         let agreed = op.node.set(NodeAgreement { good: verdict.is_good(), buffers });
         assert!(agreed.is_ok(), "E3 is done once");

@@ -5,9 +5,18 @@
 //! - [`shape`]: row formats, token slots of the rings and the layout of receive buffers.
 //! - [`record`]: the records that open an operation, and the count block.
 //! - [`region`]: the symmetric region: every offset and the total size from one pass.
+//! - [`device`]: a rank's other memory on a device: private memory, mailbox, handles, shared memory.
+//! - [`kernel`], [`local`]: the parameters of kernels, and the header that they include.
+//! - [`command`], [`posting`]: what kernels ask of their proxy, and what that comes to.
 
+pub mod command;
+pub mod device;
+pub mod kernel;
+pub mod local;
+pub mod posting;
 pub mod record;
 pub mod region;
+mod render;
 pub mod shape;
 pub mod word;
 

@@ -1,21 +1,30 @@
 //! The records that open an operation, as they lie in memory, and the block of counts.
 
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Zeroable;
 
 use crate::config::Config;
+use super::render::{device_codes, device_struct};
+use super::shape::RecvParts;
 use crate::error::{Error, Kind, Reason, Started, Tensor};
 
-/// [`Started`] on the wire.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
-pub struct StartedRecord {
-    epoch: u64,
-    plan: u64,
-    config: u64,
-    kind: u32,
-    hidden: u32,
-    topk: u32,
-    format: u32,
+device_struct! {
+    /// What was started, on the wire.
+    StartedRecord {
+        /// Number of the operation on its communicator.
+        pub(super) epoch: u64,
+        /// Epoch of the plan.
+        pub(super) plan: u64,
+        /// Hash of the configuration.
+        pub(super) config: u64,
+        /// Kind of operation.
+        pub(super) kind: u32,
+        /// Elements per row.
+        pub(super) hidden: u32,
+        /// Entries per token.
+        pub(super) topk: u32,
+        /// Code of the row format.
+        pub(super) format: u32,
+    }
 }
 
 impl From<&Started> for StartedRecord {
@@ -41,12 +50,26 @@ impl StartedRecord {
     }
 }
 
-/// A [`Reason`] on the wire; all zero for none.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
-pub struct ReasonRecord {
-    code: u64,
-    args: [u64; 4],
+device_struct! {
+    /// Why an input was refused, on the wire; all zero for no reason.
+    ReasonRecord {
+        /// See `reason`.
+        pub(super) code: u64,
+        /// What the reason names.
+        pub(super) args: [u64; 4],
+    }
+}
+
+device_codes! {
+    /// Reasons that kernels find by themselves.
+    reason {
+        /// An entry of `topk_idx` is no expert: token, position, entry, number of experts.
+        EXPERT_OUT_OF_RANGE = 1,
+        /// The receive buffer is too small: rows needed, rows there.
+        BUFFER_TOO_SMALL = 3,
+        /// The plan has not been dispatched.
+        NOT_DISPATCHED = 10,
+    }
 }
 
 impl From<Option<Reason>> for ReasonRecord {
@@ -104,46 +127,64 @@ fn tensor(code: u64) -> Tensor {
     all.into_iter().find(|&tensor| tensor as u64 == code).unwrap_or(Tensor::X)
 }
 
-/// Opens an operation towards the peers of the node: what was started, why it is poisoned (if it is), and
-/// the buffer that peers will touch.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct EnterRecord {
-    /// What was started.
-    pub started: StartedRecord,
-    /// Why the rank's input is invalid.
-    pub poison: ReasonRecord,
-    /// Offset of the buffer in the rank's region.
-    pub offset: u64,
-    /// Rows the buffer holds.
-    pub capacity: u64,
+device_struct! {
+    /// Opens an operation towards the peers of the node: what was started, why it is poisoned (if it is), and
+    /// the buffer that peers will touch.
+    EnterRecord {
+        /// What was started.
+        pub started: StartedRecord,
+        /// Why the rank's input is invalid.
+        pub poison: ReasonRecord,
+        /// Rows the buffer holds.
+        pub capacity: u64,
+        /// Where its parts lie.
+        pub parts: RecvParts,
+    }
 }
 
-/// Opens an operation towards a peer of the rail; the count block follows where the operation plans.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, Pod, Zeroable)]
-pub struct RailRecord {
-    /// What was started.
-    pub started: StartedRecord,
-    /// Why the rank's input is invalid.
-    pub poison: ReasonRecord,
+device_struct! {
+    /// Opens an operation towards a peer of the rail; the count block follows where the operation plans.
+    RailRecord {
+        /// What was started.
+        pub started: StartedRecord,
+        /// Why the rank's input is invalid.
+        pub poison: ReasonRecord,
+    }
 }
 
-/// A node's verdict on an operation: good, refused for one rank's reason, or out of step.
-#[repr(C)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Pod, Zeroable)]
-pub struct VerdictRecord {
-    rank: u32,
-    reference: u32,
-    state: u64,
-    reason: ReasonRecord,
-    started: StartedRecord,
-    expected: StartedRecord,
+device_struct! {
+    /// A node's verdict on an operation: good, refused for one rank's reason, or out of step.
+    VerdictRecord {
+        /// The rank that speaks for the node, is refused, or is out of step.
+        pub(super) rank: u32,
+        /// The rank that the one out of step differs from.
+        pub(super) reference: u32,
+        /// See `verdict`.
+        pub(super) state: u64,
+        /// Why it was refused.
+        pub(super) reason: ReasonRecord,
+        /// What `rank` started.
+        pub(super) started: StartedRecord,
+        /// What `reference` started.
+        pub(super) expected: StartedRecord,
+    }
 }
 
-const GOOD: u64 = 0;
-const REFUSED: u64 = 1;
-const OUT_OF_STEP: u64 = 2;
+device_codes! {
+    /// States of a verdict.
+    verdict {
+        /// Every rank of the node started the same, and everything fits.
+        GOOD = 0,
+        /// A rank's input was refused.
+        REFUSED = 1,
+        /// A rank started something else.
+        OUT_OF_STEP = 2,
+    }
+}
+
+const GOOD: u64 = verdict::GOOD as u64;
+const REFUSED: u64 = verdict::REFUSED as u64;
+const OUT_OF_STEP: u64 = verdict::OUT_OF_STEP as u64;
 
 impl VerdictRecord {
     /// Every rank of the node, the first of which is `rank`, started `started`, and everything fits.

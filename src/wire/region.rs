@@ -244,9 +244,28 @@ impl RegionMap {
     /// Offset, in the region of a rank on `to`, of the ring that holds what comes from `from`.
     pub fn ring(&self, lane: Lane, channel: usize, from: usize, to: usize) -> usize {
         debug_assert_ne!(from, to, "tokens for the own node skip hop 1");
-        let peer = if from < to { from } else { from - 1 };
+        self.ring_place(lane, channel, if from < to { from } else { from - 1 })
+    }
+
+    /// Offset of the ring of the `peer`th other node, ascending. Send rings on a device mirror these places.
+    pub fn ring_place(&self, lane: Lane, channel: usize, peer: usize) -> usize {
         let lane = &self.lanes[lane as usize];
         lane.rings + (channel * (self.nodes - 1) + peer) * self.slots * lane.max_pitch
+    }
+
+    /// Offset of the first ring: what lies from here to the pool is rings.
+    pub fn rings(&self) -> usize {
+        self.pool - self.memory.rings
+    }
+
+    /// The largest slot pitch of the lane's rings.
+    pub fn max_pitch(&self, lane: Lane) -> usize {
+        self.lanes[lane as usize].max_pitch
+    }
+
+    /// Bytes from one node's rail record (and counts) to the next's.
+    pub fn rail_bytes(&self) -> usize {
+        self.rail_stride()
     }
 }
 

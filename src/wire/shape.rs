@@ -1,5 +1,6 @@
 //! Rows and where their parts lie: in a ring's slot and in a receive buffer.
 
+use super::render::device_struct;
 use super::{LINE, ROW_ALIGN, align_up};
 use crate::config::{Config, MAX_TOPK};
 use crate::error::Reason;
@@ -149,6 +150,13 @@ pub struct Header<W> {
     topk: usize,
 }
 
+impl<W> Header<W> {
+    /// Index of the first expert, of the first weight and of the first offset.
+    pub const fn parts(topk: usize) -> [u32; 3] {
+        [1, 1 + topk as u32, 1 + 2 * topk as u32]
+    }
+}
+
 impl<W: AsRef<[u32]>> Header<W> {
     /// The header that lies in `words`.
     pub fn new(words: W, topk: usize) -> Self {
@@ -163,17 +171,21 @@ impl<W: AsRef<[u32]>> Header<W> {
 
     /// Global experts of the token, −1 = masked.
     pub fn experts(&self) -> &[i32] {
-        bytemuck::cast_slice(&self.words.as_ref()[1..1 + self.topk])
+        bytemuck::cast_slice(self.part(0))
     }
 
     /// Bits of the weights.
     pub fn weights(&self) -> &[u32] {
-        &self.words.as_ref()[1 + self.topk..1 + 2 * self.topk]
+        self.part(1)
     }
 
     /// Per entry, the row's offset within its run; meaningless for entries of other nodes.
     pub fn offsets(&self) -> &[u32] {
-        &self.words.as_ref()[1 + 2 * self.topk..1 + 3 * self.topk]
+        self.part(2)
+    }
+
+    fn part(&self, part: usize) -> &[u32] {
+        &self.words.as_ref()[Self::parts(self.topk)[part] as usize..][..self.topk]
     }
 }
 
@@ -186,9 +198,9 @@ impl<W: AsMut<[u32]>> Header<W> {
     /// Writes entry `k`.
     pub fn set_entry(&mut self, k: usize, expert: i32, weight: u32, offset: u32) {
         let words = self.words.as_mut();
-        words[1 + k] = expert as u32;
-        words[1 + self.topk + k] = weight;
-        words[1 + 2 * self.topk + k] = offset;
+        for (part, value) in Self::parts(self.topk).into_iter().zip([expert as u32, weight, offset]) {
+            words[part as usize + k] = value;
+        }
     }
 }
 
@@ -226,6 +238,29 @@ impl RecvLayout {
         let (x, scales) = (part(shape.row_bytes()), part(shape.scale_pitch()));
         let (topk_idx, topk_weights, source) = (part(4 * shape.topk), part(4 * shape.topk), part(8));
         Self { shape, capacity, x, scales, topk_idx, topk_weights, source, bytes: end }
+    }
+
+    /// Where the parts of a buffer at `offset` of a region lie in that region.
+    pub fn parts_at(&self, offset: usize) -> RecvParts {
+        let [x, scales, topk_idx, topk_weights, source] =
+            [self.x, self.scales, self.topk_idx, self.topk_weights, self.source].map(|at| (offset + at) as u64);
+        RecvParts { x, scales, topk_idx, topk_weights, source }
+    }
+}
+
+device_struct! {
+    /// The parts of a receive buffer as offsets in its rank's region: what a peer is told, so that it derives none.
+    RecvParts {
+        /// Elements.
+        pub x: u64,
+        /// Scales.
+        pub scales: u64,
+        /// Local expert indices.
+        pub topk_idx: u64,
+        /// Weights.
+        pub topk_weights: u64,
+        /// Source (rank, token).
+        pub source: u64,
     }
 }
 

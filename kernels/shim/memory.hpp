@@ -1,0 +1,35 @@
+// The memories that a shim knows, and who may touch them.
+#pragma once
+#include <vector>
+
+#include "lane_api.hpp"
+
+namespace railhop::shim {
+
+struct Memory {
+    u32 id;
+    u32 rank;
+    bool shared;
+    const u8* base;
+    u64 bytes;
+    u64 traffic[4] = {};  // by ShimTraffic
+
+    bool contains(const void* p, u64 n) const {
+        u64 offset = (u64)((const u8*)p - base);
+        return (const u8*)p >= base && offset <= bytes && n <= bytes - offset;
+    }
+};
+
+class Memories {
+public:
+    u32 add(u32 rank, const void* base, u64 bytes, bool shared);
+    /// The one memory that holds all `bytes` at `p`, or null.
+    Memory* find(const void* p, u64 bytes);
+    Memory* get(u32 id);
+
+private:
+    std::vector<Memory> by_base;
+    u32 last = 0;  // index of the last hit: accesses come in runs
+};
+
+}  // namespace railhop::shim

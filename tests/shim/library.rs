@@ -1,0 +1,201 @@
+//! The shim's shared library: built when its sources are newer, bound by hand.
+
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::SystemTime;
+
+use libloading::Library;
+
+/// `ShimOptions` of `kernels/shim/shim.h`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Options {
+    pub seed: u64,
+    /// Blocks of a rank that run at a time; 0: all.
+    pub resident: u32,
+    pub tsan_per_warp: u32,
+    pub ranks_per_node: u32,
+    pub reserved: u32,
+}
+
+/// `ShimPosting` of `kernels/shim/shim.h`.
+#[repr(C)]
+pub struct ShimPosting {
+    pub peer: u32,
+    pub queue: u32,
+    pub src: *const c_void,
+    pub dst: *mut c_void,
+    pub bytes: u64,
+    pub word: *mut u64,
+    pub value: u64,
+    pub completion: *mut u64,
+    pub completed: u64,
+}
+
+/// What the shim calls for every command.
+pub type Resolve = unsafe extern "C" fn(*mut c_void, u32, u64, u64, *mut ShimPosting);
+
+/// Bytes that a shim counts, by memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Traffic {
+    BulkRead = 0,
+    BulkWritten = 1,
+    NicRead = 2,
+    NicWritten = 3,
+}
+
+struct Functions {
+    new: unsafe extern "C" fn(*const Options) -> *mut c_void,
+    free: unsafe extern "C" fn(*mut c_void),
+    memory: unsafe extern "C" fn(*mut c_void, u32, *mut c_void, u64, u32) -> u32,
+    launch: unsafe extern "C" fn(
+        *mut c_void,
+        u32,
+        u32,
+        *const c_char,
+        u32,
+        u32,
+        u32,
+        *const c_void,
+        u64,
+    ) -> c_int,
+    proxy: unsafe extern "C" fn(*mut c_void, u32, *mut u64, u64, *mut u64, Resolve, *mut c_void),
+    lose: unsafe extern "C" fn(*mut c_void, *mut u64),
+    run: unsafe extern "C" fn(*mut c_void) -> c_int,
+    report: unsafe extern "C" fn(*mut c_void) -> *const c_char,
+    stall: unsafe extern "C" fn(*mut c_void) -> *const c_char,
+    traffic: unsafe extern "C" fn(*mut c_void, u32, u32) -> u64,
+}
+
+/// The library named by RAILHOP_SHIM, or the plain flavour, built here.
+fn functions() -> &'static Functions {
+    static FUNCTIONS: OnceLock<Functions> = OnceLock::new();
+    FUNCTIONS.get_or_init(|| {
+        let path = std::env::var_os("RAILHOP_SHIM").map_or_else(build, PathBuf::from);
+        // SAFETY: the library's initialisers only register kernels. It is never unloaded.
+        let library = Box::leak(Box::new(unsafe { Library::new(&path) }.expect("the shim loads")));
+        macro_rules! symbol {
+            ($name:literal) => {
+                // SAFETY: the types are those of `shim.h`.
+                *unsafe { library.get(concat!("railhop_shim_", $name).as_bytes()) }.expect($name)
+            };
+        }
+        Functions {
+            new: symbol!("new"),
+            free: symbol!("free"),
+            memory: symbol!("memory"),
+            launch: symbol!("launch"),
+            proxy: symbol!("proxy"),
+            lose: symbol!("lose"),
+            run: symbol!("run"),
+            report: symbol!("report"),
+            stall: symbol!("stall"),
+            traffic: symbol!("traffic"),
+        }
+    })
+}
+
+/// Builds the plain flavour with `kernels/shim/build`, unless it is newer than every source.
+fn build() -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let library = root.join("target/shim/plain.so");
+    let changed = |path: &Path| path.metadata().and_then(|meta| meta.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
+    if !library.exists() || changed(&library) < newest(&root.join("kernels"), &changed) {
+        let status = Command::new(root.join("kernels/shim/build")).arg("plain").status();
+        assert!(status.expect("kernels/shim/build runs").success(), "the shim builds");
+    }
+    library
+}
+
+fn newest(folder: &Path, changed: &impl Fn(&Path) -> SystemTime) -> SystemTime {
+    let entries = folder.read_dir().expect("a folder of the repository");
+    let times = entries.map(|entry| entry.expect("an entry").path()).map(|path| match path.is_dir() {
+        true => newest(&path, changed),
+        false => changed(&path),
+    });
+    times.max().unwrap_or(SystemTime::UNIX_EPOCH)
+}
+
+/// A simulated machine.
+pub struct Shim(*mut c_void);
+
+impl Shim {
+    pub fn new(options: Options) -> Self {
+        // SAFETY: the options are read before the call returns.
+        Self(unsafe { (functions().new)(&options) })
+    }
+
+    /// Registers memory that stays where it is as long as the shim lives; its id.
+    pub fn memory(&self, rank: usize, address: u64, bytes: usize, shared: bool) -> u32 {
+        // SAFETY: whoever owns the memory keeps it, see `Machine`.
+        unsafe { (functions().memory)(self.0, rank as u32, address as *mut c_void, bytes as u64, shared.into()) }
+    }
+
+    /// Queues a kernel.
+    pub fn launch<P: bytemuck::Pod>(&self, rank: usize, stream: usize, kernel: &str, grid: Grid, params: &P) {
+        let name = CString::new(kernel).unwrap();
+        let Grid { blocks, warps, shared } = grid;
+        let (params, bytes) = ((&raw const *params).cast(), size_of::<P>() as u64);
+        let (rank, stream, blocks, threads) = (rank as u32, stream as u32, blocks as u32, 32 * warps as u32);
+        // SAFETY: the name and the parameters are copied before the call returns.
+        let status = unsafe {
+            (functions().launch)(self.0, rank, stream, name.as_ptr(), blocks, threads, shared as u32, params, bytes)
+        };
+        assert_eq!(status, 0, "{kernel} can't be launched");
+    }
+
+    /// # Safety
+    /// `context` is what `resolve` expects, and outlives the shim.
+    pub unsafe fn proxy(&self, rank: usize, queue: (u64, usize), taken: u64, resolve: Resolve, context: *mut c_void) {
+        let (rank, capacity) = (rank as u32, queue.1 as u64);
+        // SAFETY: the caller's.
+        unsafe {
+            (functions().proxy)(self.0, rank, queue.0 as *mut u64, capacity, taken as *mut u64, resolve, context)
+        }
+    }
+
+    /// Loses all signals to the word at `address` from now on.
+    pub fn lose(&self, address: u64) {
+        // SAFETY: the address is compared, never read.
+        unsafe { (functions().lose)(self.0, address as *mut u64) }
+    }
+
+    /// Runs all that was launched.
+    pub fn run(&self) -> Result<(), String> {
+        // SAFETY: all memory that kernels were told of is registered and owned by whoever owns the shim.
+        match unsafe { (functions().run)(self.0) } {
+            0 => Ok(()),
+            // SAFETY: the report is a C string until the next call.
+            _ => Err(unsafe { CStr::from_ptr((functions().report)(self.0)) }.to_string_lossy().into_owned()),
+        }
+    }
+
+    /// Where everybody was when the last run first stood still.
+    pub fn stall(&self) -> String {
+        // SAFETY: the report is a C string until the next call.
+        unsafe { CStr::from_ptr((functions().stall)(self.0)) }.to_string_lossy().into_owned()
+    }
+
+    pub fn traffic(&self, memory: u32, what: Traffic) -> usize {
+        // SAFETY: any number is a memory, or none.
+        unsafe { (functions().traffic)(self.0, memory, what as u32) as usize }
+    }
+}
+
+impl Drop for Shim {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, freed once.
+        unsafe { (functions().free)(self.0) }
+    }
+}
+
+/// A launch's shape.
+#[derive(Debug, Clone, Copy)]
+pub struct Grid {
+    pub blocks: usize,
+    pub warps: usize,
+    /// Bytes of shared memory of a block.
+    pub shared: usize,
+}
