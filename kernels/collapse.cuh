@@ -8,7 +8,7 @@ namespace railhop {
 /// Elements of a unit.
 constexpr u32 SUMMED = 8;
 
-/// What the sums of one lane's part of a block are.
+/// The sums of one lane's part of a block.
 struct Sums {
     float of[BATCH][SUMMED];
 };

@@ -1,5 +1,5 @@
-// Received rows and their scales in expert-major order: a warp to an expanded row, and to 32 rows of scales, which become
-// columns.
+// Received rows and their scales in expert-major order: a warp to an expanded row, and to 32 rows of scales, which
+// become columns.
 #pragma once
 #include "local.cuh"
 

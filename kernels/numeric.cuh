@@ -96,8 +96,8 @@ DEV u32 encode2(u32 two, float gain) {
     return ptx::cvt_rn_satfinite_e4m3x2(second, first);
 }
 
-/// The codes of eight BF16 elements in order, the first in the lowest byte: saturating at ±448, NaN is 0x7F, zeros keep
-/// their sign.
+/// The codes of eight BF16 elements in order, the first in the lowest byte: saturating at ±448, NaN is 0x7F, zeros
+/// keep their sign.
 DEV u64 encode8(V4 eight, float gain) {
     const u32 low = encode2(eight.x, gain) | encode2(eight.y, gain) << 16;
     const u32 high = encode2(eight.z, gain) | encode2(eight.w, gain) << 16;

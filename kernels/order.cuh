@@ -1,5 +1,5 @@
-// The expert-major order of received rows, by one block: counts by warp and expert, their prefix sums, then every entry's
-// row. The order is that of src/api/expert_major.rs: nothing in it depends on which warp is faster.
+// The expert-major order of received rows, by one block: counts by warp and expert, their prefix sums, then every
+// entry's row. The order is that of src/api/expert_major.rs: nothing in it depends on which warp is faster.
 #pragma once
 #include "local.cuh"
 

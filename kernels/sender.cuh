@@ -93,7 +93,7 @@ private:
             if (cursor.position == range.count) continue;
             const SendEnd end(p, channel, node);
             cursor.cursor = (u32)end.tail;
-            cursor.room = smaller(end.room(p), p.chunk);
+            cursor.room = end.room(p);
         }
         ptx::bar_warp_sync();
     }
@@ -120,6 +120,8 @@ private:
             const u32 node = node_of_entry(p, header_of(p, token), warp.lane);
             const bool leads = ptx::ctz(ptx::match_any_sync(ptx::ALL, node)) == warp.lane && node != NONE;
             const bool goes = leads && has_room(cursors[node]) && cursors[node].position == position;
+            // The step ends with the first full chunk: a node whose ring has room does not fall behind.
+            if (ptx::vote_sync_ballot(ptx::ALL, goes && cursors[node].chosen == p.chunk) != 0) break;
             const u32 entries = ptx::vote_sync_ballot(ptx::ALL, goes);
             pass(position);
             if (goes) cursors[node].chosen++;

@@ -3,25 +3,30 @@
 mod common;
 mod shim;
 
+use std::path::Path;
 use std::sync::Arc;
 
-use common::{Case, LIMIT, Random, Ranks, bits, config, within};
+use common::{Case, Random, Ranks, bits, config};
 use half::bf16;
-use railhop::error::Kind;
+use railhop::error::{Kind, Reason};
+use railhop::reference::oracle::RankTokens;
 use railhop::reference::trace::Trace;
-use railhop::wire::device::status;
+use railhop::wire::device::{FaultRecord, Staging, role, status, waits};
 use railhop::wire::kernel::Input;
-use railhop::wire::region::Lane;
-use railhop::wire::shape::{RecvLayout, RecvParts};
-use railhop::{Combine, Combined, Config, Dispatched, RowFormat, RowShape, ScaleFormat};
-use shim::{Launch, Machine, Options, Plan, Start};
+use railhop::wire::record::VerdictRecord;
+use railhop::wire::region::{Lane, WordId};
+use railhop::wire::shape::RecvLayout;
+use railhop::{
+    Combine, Combined, Config, Dispatched, Error, RecvBuffer, RowFormat, RowShape, ScaleFormat,
+};
+use shim::{Launch, Machine, Options, Plan, Start, Traffic};
 
 /// What the host engine makes of a case.
 struct Expected {
     received: Vec<Dispatched<Vec<bf16>>>,
     /// By rank: the experts' outputs.
     outputs: Vec<Vec<bf16>>,
-    combined: Vec<Combined<railhop::RecvBuffer>>,
+    combined: Vec<Combined<RecvBuffer>>,
     bias: Option<Arc<[bf16]>>,
     with_weights: bool,
 }
@@ -67,7 +72,7 @@ impl Round {
         let all: usize = (0..world).map(tokens).sum();
         let plans = (0..world).map(|rank| machine.plan(rank, tokens(rank), case.shape.topk, all)).collect();
         let rows = |rank: usize| expected.received[rank].buffer.rows();
-        let buffers = (0..world).map(|rank| machine.buffer(rank, case.shape, rows(rank))).collect();
+        let buffers = Self::buffers(machine, case, expected);
         let outputs = (0..world).map(|rank| machine.buffer(rank, case.outputs(), rows(rank))).collect();
         let mut out = |rank: usize| {
             let rows = machine.keep(rank, &vec![0u16; tokens(rank) * case.shape.hidden]);
@@ -77,20 +82,55 @@ impl Round {
         Self { plans, buffers, outputs, out }
     }
 
-    fn start_dispatch(&self, machine: &mut Machine, case: &Case, kind: Kind) {
+    fn buffers(machine: &mut Machine, case: &Case, expected: &Expected) -> Vec<(usize, RecvLayout)> {
+        let rows = expected.received.iter().map(|received| received.buffer.rows());
+        rows.enumerate().map(|(rank, rows)| machine.buffer(rank, case.shape, rows)).collect()
+    }
+
+    /// Starts a dispatch at every rank; the shim's ids of the tokens.
+    fn start_dispatch(&self, machine: &mut Machine, case: &Case, kind: Kind) -> Vec<u32> {
+        self.start_dispatch_with(machine, case, kind, |_, _| {})
+    }
+
+    fn start_dispatch_with(
+        &self,
+        machine: &mut Machine,
+        case: &Case,
+        kind: Kind,
+        mut change: impl FnMut(usize, &mut Start<'_>),
+    ) -> Vec<u32> {
+        self.start_dispatch_on(machine, case, kind, |rank, start| {
+            change(rank, start);
+            true
+        })
+    }
+
+    /// Starts a dispatch at the ranks for which `change` says so, as it says.
+    fn start_dispatch_on(
+        &self,
+        machine: &mut Machine,
+        case: &Case,
+        kind: Kind,
+        mut change: impl FnMut(usize, &mut Start<'_>) -> bool,
+    ) -> Vec<u32> {
+        let mut ids = Vec::new();
         for (rank, plan) in self.plans.iter().enumerate() {
             let tokens = &case.ranks[rank];
             let routing = (machine.keep(rank, &tokens.topk_idx), machine.keep(rank, &tokens.topk_weights));
             let input = Input { x: machine.keep(rank, &bits(&tokens.x)), ..Input::default() };
+            ids.push(machine.id_of(input.x));
             let (offset, layout) = &self.buffers[rank];
             let buffer = match kind {
                 Kind::Plan => (0, RecvLayout::new(case.shape, 0).parts_at(0)),
                 _ => (layout.capacity, layout.parts_at(*offset)),
             };
             let routing = (kind != Kind::Dispatch).then_some(routing);
-            let start = Start { kind, shape: case.shape, plan, routing, input, weights: 0, poison: None, buffer };
-            machine.start(rank, &start);
+            let mut start = Start { kind, shape: case.shape, plan, routing, input, weights: 0, poison: None, buffer };
+            if change(rank, &mut start) {
+                machine.start(rank, &start);
+            }
         }
+        ids
     }
 
     fn start_combine(&self, machine: &mut Machine, case: &Case, expected: &Expected) {
@@ -181,14 +221,474 @@ fn check_case(machine: &mut Machine, case: &Case, expected: &Expected) {
 const FORMATS: [RowFormat; 3] =
     [RowFormat::Bf16, RowFormat::Fp8(ScaleFormat::F32), RowFormat::Fp8(ScaleFormat::Ue8m0)];
 
+/// The shapes of world that traces are replayed on.
+const WORLDS: [(usize, usize); 3] = [(1, 8), (2, 4), (4, 2)];
+
+/// The first two steps of a trace with 64 tokens a rank, on one machine.
+fn replay(trace: &Trace, (nodes, ranks): (usize, usize), format: RowFormat) {
+    let config = config(nodes, ranks).experts(trace.num_experts).max_hidden(trace.hidden).channels(2);
+    let config = config.pool_bytes(4 << 20).build().unwrap();
+    let mut machine = Machine::new(&config, 1);
+    for step in 0..2 {
+        let shape = RowShape { hidden: trace.hidden, topk: trace.topk, format };
+        let ranks = trace.step(step, config.topology().world_size(), 64);
+        let owned = |rank: RankTokens<'_>| RankTokens {
+            topk_idx: rank.topk_idx.into_owned().into(),
+            topk_weights: rank.topk_weights.into_owned().into(),
+            x: rank.x.into_owned().into(),
+        };
+        let case = Case { config: config.clone(), shape, ranks: ranks.into_iter().map(owned).collect() };
+        let expected = Expected::new(&case, false, false);
+        check_case(&mut machine, &case, &expected);
+    }
+}
+
+/// The trace in the repository, and those in the folder that RAILHOP_TRACES names.
+fn traces() -> Vec<Trace> {
+    let mut paths = vec!["tests/data/small.safetensors".into()];
+    if let Some(folder) = std::env::var_os("RAILHOP_TRACES") {
+        let files = Path::new(&folder).read_dir().unwrap();
+        paths.extend(files.map(|file| file.unwrap().path()));
+    }
+    paths.iter().map(|path| Trace::read(path).unwrap()).collect()
+}
+
 #[test]
-fn small_world() {
-    for format in FORMATS {
-        for (nodes, ranks) in [(1, 2), (2, 1), (2, 2)] {
-            let config = config(nodes, ranks).channels(2).chunk_tokens(2).ring_slots(4).build().unwrap();
-            let case = Case::random(&config, RowShape { hidden: 400, topk: 4, format }, 12, 3);
-            let expected = Expected::new(&case, false, false);
-            check_case(&mut Machine::new(&config, 1), &case, &expected);
+fn traces_are_the_host_engines() {
+    for trace in traces() {
+        for world in WORLDS {
+            FORMATS.iter().for_each(|&format| replay(&trace, world, format));
         }
     }
+}
+
+/// How many seeds a test of random worlds runs: RAILHOP_SEEDS, or a few.
+fn seeds(few: u64) -> std::ops::Range<u64> {
+    let seeds = std::env::var("RAILHOP_SEEDS").ok().map(|seeds| seeds.parse().expect("a number"));
+    0..seeds.unwrap_or(few)
+}
+
+/// A world of 4 to 16 ranks on 1 to 4 nodes, its rings at their minimum as often as not, its indices near their wrap.
+fn random_config(random: &mut Random) -> Config {
+    let nodes = 1 + random.below(4);
+    let ranks = (1 + random.below(16 / nodes)).max(4usize.div_ceil(nodes));
+    let (slots_log2, experts) = (random.below(3), nodes * ranks + random.below(2 * nodes * ranks));
+    let slots = if random.one_in(2) { 1 } else { 1 << slots_log2 };
+    let config = config(nodes, ranks).experts(experts).channels(1 + random.below(3)).ring_slots(slots);
+    let config = config.chunk_tokens(1 + random.below(slots)).max_topk(8);
+    config.first_index((1 << 48) - 1 - random.below(8) as u64).build().unwrap()
+}
+
+fn random_launch(random: &mut Random) -> Launch {
+    let dispatch = Staging { stage_bytes: 256 << random.below(3), stages: 2 << random.below(2) };
+    let combine = Staging { stage_bytes: 1024, stages: 2 << random.below(3) };
+    Launch { blocks: 1 + random.below(3), warps: 2 + random.below(3), dispatch, combine }
+}
+
+/// Rows that now and then go to one expert only, or nowhere, or from some ranks only.
+fn random_case(config: &Config, random: &mut Random) -> Case {
+    let format = FORMATS[random.below(3)];
+    let shape = RowShape { hidden: 16 * (1 + random.below(32)), topk: 1 + random.below(8), format };
+    let mut case = Case::random(config, shape, 10, random.next());
+    let special = random.below(8);
+    for (rank, tokens) in case.ranks.iter_mut().enumerate() {
+        match special {
+            0 => tokens.topk_idx.to_mut().fill(random.below(config.placement().num_experts()) as i64),
+            1 => tokens.topk_idx.to_mut().fill(0),
+            2 => tokens.topk_idx.to_mut().fill(-1),
+            3 if rank % 2 == 0 => *tokens = RankTokens::default(),
+            _ => {}
+        }
+    }
+    case
+}
+
+fn random_machine(config: &Config, random: &mut Random) -> Machine {
+    let seed = random.next();
+    let launch = random_launch(random);
+    // Both lanes' kernels may have to be resident at once, and no more.
+    let resident = if random.one_in(2) { 2 * launch.blocks as u32 } else { 0 };
+    let mut machine = Machine::with_options(config, Options { seed, resident, ..Options::default() });
+    machine.launch = launch;
+    machine
+}
+
+/// Several operations on one machine, formats and so pitches alternating.
+#[test]
+fn random_worlds_are_the_host_engines() {
+    for seed in seeds(24) {
+        let mut random = Random(seed);
+        let config = random_config(&mut random);
+        let mut machine = random_machine(&config, &mut random);
+        for _ in 0..3 {
+            let case = random_case(&config, &mut random);
+            let expected = Expected::new(&case, random.one_in(2), random.one_in(2));
+            check_case(&mut machine, &case, &expected);
+        }
+    }
+}
+
+/// F1 waits for H1's credit, H1 for F2's partial sum, F2 for H2's credit, H2 for F1: with rings of one slot everybody
+/// is in such a cycle all the time.
+#[test]
+fn cycles_of_full_rings_turn() {
+    for seed in seeds(6) {
+        let (nodes, ranks) = [(2, 1), (2, 2), (3, 1), (4, 2)][seed as usize % 4];
+        let config = config(nodes, ranks).channels(1 + seed as usize % 2).chunk_tokens(1).ring_slots(1).build().unwrap();
+        let case = Case::regular(&config, RowShape { hidden: 64, topk: 8, format: RowFormat::Bf16 }, 12);
+        let mut machine = Machine::new(&config, seed);
+        machine.launch = Launch { blocks: 1, warps: 2, ..Launch::default() };
+        check_case(&mut machine, &case, &Expected::new(&case, false, false));
+    }
+}
+
+/// A plan on its own, then two dispatches with it, the second while the first rows' combine is under way.
+#[test]
+fn plans_are_used_again_and_lanes_overlap() {
+    for seed in seeds(4) {
+        let mut random = Random(seed);
+        let config = random_config(&mut random);
+        let mut machine = random_machine(&config, &mut random);
+        let case = random_case(&config, &mut random);
+        let expected = Expected::new(&case, false, true);
+        let round = Round::new(&mut machine, &case, &expected);
+        round.start_dispatch(&mut machine, &case, Kind::Plan);
+        round.start_dispatch(&mut machine, &case, Kind::Dispatch);
+        run(&machine);
+        check_ended(&machine, Lane::Dispatch, status::OK);
+        round.check_received(&machine, &case, &expected);
+        let again = Round { buffers: Round::buffers(&mut machine, &case, &expected), ..round };
+        again.start_combine(&mut machine, &case, &expected);
+        again.start_dispatch(&mut machine, &case, Kind::Dispatch);
+        run(&machine);
+        check_ended(&machine, Lane::Combine, status::OK);
+        again.check_received(&machine, &case, &expected);
+        again.check_combined(&machine, &expected);
+    }
+}
+
+/// What is captured once runs again with other routing and other rows in the same memory, and eager operations run in
+/// between: nothing in the parameters says which operation it is.
+#[test]
+fn captured_operations_replay() {
+    let config = config(2, 2).channels(2).ring_slots(4).chunk_tokens(2).build().unwrap();
+    let shape = RowShape { hidden: 128, topk: 4, format: RowFormat::Fp8(ScaleFormat::F32) };
+    let mut machine = Machine::new(&config, 5);
+    let cases: Vec<_> = (0..3).map(|seed| {
+        let tokens = Case::random(&config, shape, 64, seed);
+        // Captured sizes are fixed.
+        Case { ranks: tokens.ranks.into_iter().map(|rank| truncated(rank, &shape, 8)).collect(), ..tokens }
+    }).collect();
+    let expected: Vec<_> = cases.iter().map(|case| Expected::new(case, false, false)).collect();
+    let captured = Captured::new(&mut machine, &cases[0]);
+    for (case, expected) in cases.iter().zip(&expected).chain(cases.iter().zip(&expected)) {
+        captured.replay(&mut machine, case, expected);
+        check_case(&mut machine, case, expected);
+    }
+}
+
+/// The first `tokens` tokens, or as many with the last repeated.
+fn truncated(rank: RankTokens<'static>, shape: &RowShape, tokens: usize) -> RankTokens<'static> {
+    fn rows<T: Copy>(all: &[T], width: usize, tokens: usize, none: T) -> Vec<T> {
+        let mut rows = all.to_vec();
+        rows.resize(tokens * width, none);
+        rows
+    }
+    RankTokens {
+        topk_idx: rows(&rank.topk_idx, shape.topk, tokens, -1).into(),
+        topk_weights: rows(&rank.topk_weights, shape.topk, tokens, 0.5).into(),
+        x: rows(&rank.x, shape.hidden, tokens, bf16::ONE).into(),
+    }
+}
+
+/// The kernels of a dispatch with fixed parameters, and the memory they read.
+struct Captured {
+    round: Round,
+    params: Vec<railhop::wire::kernel::Params>,
+    inputs: Vec<(u64, u64, u64)>,
+}
+
+impl Captured {
+    fn new(machine: &mut Machine, case: &Case) -> Self {
+        let world = case.ranks.len();
+        let all = world * 8;
+        let mut inputs = Vec::new();
+        let (mut plans, mut buffers, mut params) = (Vec::new(), Vec::new(), Vec::new());
+        for (rank, tokens) in case.ranks.iter().enumerate() {
+            let routing = (machine.keep(rank, &tokens.topk_idx), machine.keep(rank, &tokens.topk_weights));
+            let x = machine.keep(rank, &bits(&tokens.x));
+            inputs.push((routing.0, routing.1, x));
+            plans.push(machine.plan(rank, 8, case.shape.topk, all));
+            buffers.push(machine.buffer(rank, case.shape, all));
+            let (offset, layout) = &buffers[rank];
+            let start = Start {
+                kind: Kind::PlanDispatch,
+                shape: case.shape,
+                plan: &plans[rank],
+                routing: Some(routing),
+                input: Input { x, ..Input::default() },
+                weights: 0,
+                poison: None,
+                buffer: (layout.capacity, layout.parts_at(*offset)),
+            };
+            params.push(machine.params(rank, &start));
+        }
+        let round = Round { plans, buffers, outputs: Vec::new(), out: Vec::new() };
+        Self { round, params, inputs }
+    }
+
+    fn replay(&self, machine: &mut Machine, case: &Case, expected: &Expected) {
+        for (rank, &(topk_idx, topk_weights, x)) in self.inputs.iter().enumerate() {
+            machine.rewrite(topk_idx, &case.ranks[rank].topk_idx);
+            machine.rewrite(topk_weights, &case.ranks[rank].topk_weights);
+            machine.rewrite(x, &bits(&case.ranks[rank].x));
+            machine.enqueue(rank, Kind::PlanDispatch, &self.params[rank]);
+        }
+        run(machine);
+        check_ended(machine, Lane::Dispatch, status::OK);
+        self.round.check_received(machine, case, expected);
+    }
+}
+
+// ---- bad input
+
+/// A world of two nodes with two ranks that exchange a few tokens.
+fn square() -> (Config, Case) {
+    let config = config(2, 2).experts(4).channels(2).chunk_tokens(1).ring_slots(2).build().unwrap();
+    let case = Case::regular(&config, RowShape { hidden: 64, topk: 4, format: RowFormat::Bf16 }, 6);
+    (config, case)
+}
+
+/// Every rank reports the same error, and the next operation works.
+fn check_refused(mut break_it: impl FnMut(usize, &mut Start<'_>), bad_expert: bool, error: &Error) {
+    let (_, case) = square();
+    let mut broken = case.clone();
+    if bad_expert {
+        broken.ranks[2].topk_idx.to_mut()[7] = 99;
+        broken.ranks[2].topk_idx.to_mut()[9] = -2;
+    }
+    let expected = Expected::new(&case, false, false);
+    let mut machine = Machine::new(&case.config, 3);
+    let round = Round::new(&mut machine, &case, &expected);
+    round.start_dispatch_with(&mut machine, &broken, Kind::PlanDispatch, &mut break_it);
+    run(&machine);
+    check_ended(&machine, Lane::Dispatch, status::REFUSED);
+    for rank in 0..4 {
+        let verdicts = machine.verdicts(rank, Lane::Dispatch);
+        let refusal = VerdictRecord::of_world(&verdicts).expect_err("a verdict was bad");
+        assert_eq!(refusal, *error, "rank {rank}");
+    }
+    check_case(&mut machine, &case, &expected);
+}
+
+#[test]
+fn an_expert_out_of_range_is_found_on_the_device() {
+    let reason = Reason::ExpertOutOfRange { token: 1, k: 3, expert: 99, num_experts: 4 };
+    check_refused(|_, _| {}, true, &Error::Refused { rank: 2, reason });
+}
+
+#[test]
+fn a_poisoned_rank_refuses_for_all() {
+    let reason = Reason::HiddenNotAligned { hidden: 7, multiple: 8 };
+    let poison = |rank: usize, start: &mut Start<'_>| start.poison = (rank == 1).then_some(reason);
+    check_refused(poison, false, &Error::Refused { rank: 1, reason });
+}
+
+#[test]
+fn a_buffer_that_is_too_small_fails_all() {
+    let reason = Reason::BufferTooSmall { needed: 24, capacity: 23 };
+    let shrink = |rank: usize, start: &mut Start<'_>| start.buffer.0 -= usize::from(rank == 3);
+    check_refused(shrink, false, &Error::Refused { rank: 3, reason });
+}
+
+#[test]
+fn combine_needs_dispatched_rows() {
+    let (_, case) = square();
+    let expected = Expected::new(&case, false, false);
+    let mut machine = Machine::new(&case.config, 3);
+    let round = Round::new(&mut machine, &case, &expected);
+    round.start_dispatch(&mut machine, &case, Kind::Plan);
+    round.start_combine(&mut machine, &case, &expected);
+    run(&machine);
+    check_ended(&machine, Lane::Combine, status::REFUSED);
+    let refusal = VerdictRecord::of_world(&machine.verdicts(1, Lane::Combine)).unwrap_err();
+    assert_eq!(refusal, Error::Refused { rank: 0, reason: Reason::NotDispatched });
+    check_case(&mut machine, &case, &expected);
+}
+
+#[test]
+fn ranks_out_of_step_are_named() {
+    let (_, case) = square();
+    let expected = Expected::new(&case, false, false);
+    let mut machine = Machine::new(&case.config, 9);
+    let round = Round::new(&mut machine, &case, &expected);
+    let differ = |rank: usize, start: &mut Start<'_>| {
+        if rank == 2 {
+            start.kind = Kind::Plan;
+        }
+    };
+    round.start_dispatch_with(&mut machine, &case, Kind::PlanDispatch, differ);
+    run(&machine);
+    check_ended(&machine, Lane::Dispatch, status::REFUSED);
+    for rank in 0..4 {
+        let refusal = VerdictRecord::of_world(&machine.verdicts(rank, Lane::Dispatch)).unwrap_err();
+        let is_named = |rank, reference| (rank, reference) == (3, 2) || (rank, reference) == (2, 0);
+        assert!(matches!(refusal, Error::OutOfStep { rank, reference, .. } if is_named(rank, reference)), "{refusal}");
+    }
+    check_case(&mut machine, &case, &expected);
+}
+
+// ---- faults
+
+/// Loses all signals of one word: every rank ends, and one of them says who misses what from whom.
+fn check_lost((rank, lane, word): (usize, Lane, WordId), role: u32, what: u32, channel: Option<u32>, peer: u32) {
+    let (_, case) = square();
+    let expected = Expected::new(&case, false, false);
+    let mut machine = Machine::new(&case.config, 11);
+    let round = Round::new(&mut machine, &case, &expected);
+    if lane == Lane::Combine {
+        round.start_dispatch(&mut machine, &case, Kind::PlanDispatch);
+        run(&machine);
+    }
+    machine.lose(rank, lane, word);
+    match lane {
+        Lane::Dispatch => drop(round.start_dispatch(&mut machine, &case, Kind::PlanDispatch)),
+        Lane::Combine => round.start_combine(&mut machine, &case, &expected),
+    }
+    run(&machine);
+    let fault = machine.fault(rank).unwrap_or_else(|| panic!("rank {rank} missed nothing; {}", machine.shim().stall()));
+    let FaultRecord { expected, seen, .. } = fault;
+    let named = (fault.lane, fault.role, fault.what, fault.channel, fault.peer);
+    assert_eq!(named, (lane as u32, role, what, channel.unwrap_or(u32::MAX), peer), "{fault:?}");
+    assert_eq!(expected, seen + 1, "{fault:?}");
+    assert_eq!(machine.report(rank, lane).status, status::FAULT);
+}
+
+#[test]
+fn every_lost_signal_is_named() {
+    use Lane::{Combine, Dispatch};
+    // Ranks 0 and 2 are one rail, 1 and 3 the other. Only what crosses the rail can be lost.
+    for lane in [Dispatch, Combine] {
+        check_lost((1, lane, WordId::Rail { node: 1 }), role::RECEIVER, waits::RAIL, None, 3);
+        check_lost((0, lane, WordId::Verdict { node: 1 }), role::RECEIVER, waits::VERDICT, None, 2);
+    }
+    check_lost((2, Dispatch, WordId::Tail { channel: 0, node: 0 }), role::FORWARDER, waits::TAIL, Some(0), 0);
+    check_lost((0, Dispatch, WordId::Head { channel: 1, node: 1 }), role::SENDER, waits::HEAD, Some(1), 2);
+    check_lost((0, Combine, WordId::Tail { channel: 0, node: 1 }), role::REDUCER, waits::TAIL, Some(0), 2);
+    check_lost((3, Combine, WordId::Head { channel: 1, node: 0 }), role::FORWARDER, waits::HEAD, Some(1), 1);
+}
+
+/// A rank that never starts leaves its peers waiting for its enter record, and the host's abort flag ends them at once.
+#[test]
+fn a_missing_rank_is_named_and_the_abort_flag_ends_waits() {
+    for abort in [false, true] {
+        let (_, case) = square();
+        let expected = Expected::new(&case, false, false);
+        let mut machine = Machine::new(&case.config, 2);
+        let round = Round::new(&mut machine, &case, &expected);
+        if abort {
+            for rank in 0..4 {
+                let at = machine.mailbox_maps[rank].abort;
+                machine.devices[rank].mailbox.write(at, &[1u32]);
+            }
+        }
+        round.start_dispatch_on(&mut machine, &case, Kind::PlanDispatch, |rank, _| rank != 1);
+        run(&machine);
+        for rank in [0, 2, 3] {
+            assert_eq!(machine.report(rank, Lane::Dispatch).status, status::FAULT);
+            assert_eq!(machine.fault(rank).is_some(), !abort);
+        }
+        if !abort {
+            let named = |rank: usize| machine.fault(rank).map(|fault| (fault.what, fault.peer));
+            assert_eq!((named(0), named(3)), (Some((waits::ENTER, 1)), Some((waits::RAIL, 1))));
+        }
+    }
+}
+
+// ---- cost
+
+/// What rows cost in trips through device memory: the bound, and nothing above it.
+#[test]
+fn every_row_is_read_once_and_written_once_per_target() {
+    for format in [RowFormat::Bf16, RowFormat::Fp8(ScaleFormat::Ue8m0)] {
+        let config = config(4, 2).channels(2).chunk_tokens(4).ring_slots(16).build().unwrap();
+        let shape = RowShape { hidden: 256, topk: 6, format };
+        let case = Case::random(&config, shape, 16, 1);
+        let expected = Expected::new(&case, false, false);
+        let mut machine = Machine::new(&config, 0);
+        let round = Round::new(&mut machine, &case, &expected);
+        let before = Costs::of(&machine);
+        let inputs = round.start_dispatch(&mut machine, &case, Kind::PlanDispatch);
+        run(&machine);
+        check_dispatch_costs(&machine, &case, &expected, &inputs, before);
+        if format != RowFormat::Bf16 {
+            continue;
+        }
+        let before = Costs::of(&machine);
+        round.start_combine(&mut machine, &case, &expected);
+        run(&machine);
+        check_combine_costs(&machine, &case, &expected, &round, before);
+    }
+}
+
+/// Bytes of bulk copies so far, over all ranks: (regions read, regions written, private written).
+#[derive(Clone, Copy)]
+struct Costs([usize; 3]);
+
+impl Costs {
+    fn of(machine: &Machine) -> Self {
+        let sum = |id: fn(&shim::Device) -> u32, what| {
+            machine.devices.iter().map(|device| machine.shim().traffic(id(device), what)).sum()
+        };
+        let (region, private) = (|d: &shim::Device| d.ids.0, |d: &shim::Device| d.ids.1);
+        Self([sum(region, Traffic::BulkRead), sum(region, Traffic::BulkWritten), sum(private, Traffic::BulkWritten)])
+    }
+
+    fn since(self, before: Self) -> [usize; 3] {
+        std::array::from_fn(|i| self.0[i] - before.0[i])
+    }
+}
+
+/// Tokens that cross the rail, once per remote node; tokens that their own node wants; tokens wanted by any other.
+fn crossings(case: &Case) -> [usize; 3] {
+    let (topology, topk) = (case.config.topology(), case.shape.topk);
+    let mut counts = [0; 3];
+    for (rank, tokens) in case.ranks.iter().enumerate() {
+        for experts in tokens.topk_idx.chunks(topk) {
+            let nodes: std::collections::BTreeSet<_> = experts
+                .iter()
+                .filter(|expert| **expert >= 0)
+                .map(|&expert| topology.node_of(case.config.placement().rank_of(expert as usize)))
+                .collect();
+            let own = usize::from(nodes.contains(&topology.node_of(rank)));
+            let remote = nodes.len() - own;
+            counts = [counts[0] + remote, counts[1] + own, counts[2] + usize::from(remote > 0)];
+        }
+    }
+    counts
+}
+
+fn check_dispatch_costs(machine: &Machine, case: &Case, expected: &Expected, inputs: &[u32], before: Costs) {
+    let [crossing, own, sent] = crossings(case);
+    let rows: usize = expected.received.iter().map(|rank| rank.buffer.rows()).sum();
+    let (row, scales) = (case.shape.row_bytes(), case.shape.scale_pitch());
+    let [read, written, put] = Costs::of(machine).since(before);
+    assert_eq!(read, crossing * row, "slots are read once");
+    assert_eq!(written, rows * (row + scales), "rows are written once per target rank");
+    assert_eq!(put, crossing * (row + scales), "tokens are written once per remote node");
+    let x: usize = inputs.iter().map(|&id| machine.shim().traffic(id, Traffic::BulkRead)).sum();
+    assert_eq!(x, (sent + own) * 2 * case.shape.hidden, "a token is read once to be sent, and once for the own node");
+}
+
+fn check_combine_costs(machine: &Machine, case: &Case, expected: &Expected, round: &Round, before: Costs) {
+    let [crossing, ..] = crossings(case);
+    let rows: usize = expected.received.iter().map(|rank| rank.buffer.rows()).sum();
+    let row = 2 * case.shape.hidden;
+    let [read, written, put] = Costs::of(machine).since(before);
+    assert_eq!(read, (rows + crossing) * row, "contributions and partial sums are read once");
+    assert_eq!(written, 0, "nothing goes to a region but along the rail");
+    assert_eq!(put, crossing * row, "partial sums are written once");
+    let out: usize = round.out.iter().map(|(rows, _)| machine.traffic_of(*rows, Traffic::BulkWritten)).sum();
+    let tokens: usize = case.ranks.iter().map(|rank| rank.x.len() * 2).sum();
+    assert_eq!(out, tokens, "sums are written once");
 }

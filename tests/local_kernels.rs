@@ -1,5 +1,5 @@
-//! The kernels of one rank against the host's code, bit for bit: their arithmetic by itself, then each kernel as lanes
-//! of the shim.
+//! The kernels of one rank against the host's code, bit for bit: their arithmetic by itself, then each kernel as
+//! lanes of the shim.
 #![allow(unsafe_code)] // Calls of compiled C++.
 
 mod common;
@@ -487,7 +487,7 @@ fn orders_many_entries() {
     }
 }
 
-/// An order of `topk_idx` [3, 2] for three experts, padded to 4: its state, and the number of rows it would have.
+/// An order of `topk_idx` [3, 2] for three experts, padded to 4: its state, and the rows it would have.
 fn refused(topk_idx: [i32; 6], received: u64, expanded_capacity: usize) -> (ExpertOrder, u32) {
     let (topk_idx, received) = (Memory::of(&topk_idx), Memory::of(&[received]));
     let (order, counts, starts) = (Memory::new(size_of::<ExpertOrder>()), Memory::new(12), Memory::new(16));

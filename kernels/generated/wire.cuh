@@ -829,8 +829,8 @@ static_assert(__builtin_offsetof(ExpertOrder, rows) == 8, "ExpertOrder");
 static_assert(__builtin_offsetof(ExpertOrder, reserved) == 12, "ExpertOrder");
 static_assert(__builtin_offsetof(ExpertOrder, invalid) == 16, "ExpertOrder");
 
-/// Makes an expert-major order. Entries that there is room for, capacity * K, and E * (alignment - 1) come to at
-/// most 2^31 - 1.
+/// Makes an expert-major order. Entries that there is room for, capacity * K, and E * (alignment - 1) come to
+/// at most 2^31 - 1.
 struct ExpertOrderParams {
     /// i32 [capacity, K]: experts of this rank, or −1.
     u64 topk_idx;
@@ -877,7 +877,8 @@ static_assert(__builtin_offsetof(ExpertOrderParams, num_experts) == 76, "ExpertO
 static_assert(__builtin_offsetof(ExpertOrderParams, alignment) == 80, "ExpertOrderParams");
 static_assert(__builtin_offsetof(ExpertOrderParams, reserved) == 84, "ExpertOrderParams");
 
-/// Expands received rows and their scales. Rows and rows of scales are multiples of 16 bytes, at such addresses.
+/// Expands received rows and their scales. Rows and rows of scales are multiples of 16 bytes, at such
+/// addresses.
 struct ExpandParams {
     /// `ExpertOrder`.
     u64 order;

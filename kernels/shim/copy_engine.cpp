@@ -49,7 +49,7 @@ void Shim::read_piece(Block& block, BulkCopy& copy, u32 piece) {
     bool last = (copy.unread &= ~(1u << piece)) == 0;
     copy.issuer->warp->copy_reader.as([&] {
         copy.visible.acquire();
-        touch_read(src, bytes);
+        agent_read(src, bytes);
         copy.data.release();
         if (copy.group) copy.group->read.release();
         block.launch->stream_order->release();
@@ -71,7 +71,7 @@ void Shim::write_piece(Block& block, BulkCopy& copy, u32 piece) {
     copy.issuer->warp->copy_writer.as([&] {
         copy.issued.acquire();
         copy.data.acquire();
-        touch_write(dst, bytes);
+        agent_write(dst, bytes);
         block.async_writes.release();
         if (copy.group) copy.group->written.release();
         if (bar) bar->complete[bar->phase].release();

@@ -102,8 +102,9 @@ bool FiberStacks::intact(u32 i) const { return std::memcmp(stack(i), &CANARY, si
 #if SHIM_TSAN
 namespace {
 thread_local int quiet_depth = 0;
+}  // namespace
 
-SHIM_NO_TSAN void ignore(bool on) {
+SHIM_NO_TSAN void ignore_accesses(bool on) {
     if (on) {
         AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
         AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
@@ -112,13 +113,12 @@ SHIM_NO_TSAN void ignore(bool on) {
         AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
     }
 }
-}  // namespace
 
 SHIM_NO_TSAN Quiet::Quiet() {
-    if (quiet_depth++ == 0) ignore(true);
+    if (quiet_depth++ == 0) ignore_accesses(true);
 }
 SHIM_NO_TSAN Quiet::~Quiet() {
-    if (--quiet_depth == 0) ignore(false);
+    if (--quiet_depth == 0) ignore_accesses(false);
 }
 SHIM_NO_TSAN int Quiet::exchange(int depth) {
     int before = quiet_depth;
@@ -127,11 +127,11 @@ SHIM_NO_TSAN int Quiet::exchange(int depth) {
 }
 SHIM_NO_TSAN int Quiet::pause() {
     int depth = exchange(0);
-    if (depth) ignore(false);
+    if (depth) ignore_accesses(false);
     return depth;
 }
 SHIM_NO_TSAN void Quiet::resume(int depth) {
-    if (depth) ignore(true);
+    if (depth) ignore_accesses(true);
     exchange(depth);
 }
 
@@ -147,5 +147,41 @@ void TsanFiber::destroy() {
 void TsanFiber::create(const char*) {}
 void TsanFiber::destroy() {}
 #endif
+
+SHIM_NO_TSAN void agent_read([[maybe_unused]] const void* address, [[maybe_unused]] size_t bytes) {
+#if SHIM_TSAN
+    ignore_accesses(false);
+    __tsan_read_range(const_cast<void*>(address), bytes);
+    ignore_accesses(true);
+#endif
+}
+SHIM_NO_TSAN void agent_write([[maybe_unused]] void* address, [[maybe_unused]] size_t bytes) {
+#if SHIM_TSAN
+    ignore_accesses(false);
+    __tsan_write_range(address, bytes);
+    ignore_accesses(true);
+#endif
+}
+
+// Instrumented, unlike the above: TSan is to take the atomic for an access of the fiber.
+u64 agent_load_acquire(const u64* address) {
+#if SHIM_TSAN
+    ignore_accesses(false);
+    u64 value = __atomic_load_n(address, __ATOMIC_ACQUIRE);
+    ignore_accesses(true);
+    return value;
+#else
+    return __atomic_load_n(address, __ATOMIC_ACQUIRE);
+#endif
+}
+void agent_store_release(u64* address, u64 value) {
+#if SHIM_TSAN
+    ignore_accesses(false);
+    __atomic_store_n(address, value, __ATOMIC_RELEASE);
+    ignore_accesses(true);
+#else
+    __atomic_store_n(address, value, __ATOMIC_RELEASE);
+#endif
+}
 
 }  // namespace railhop::shim

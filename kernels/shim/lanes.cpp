@@ -82,11 +82,12 @@ static void block_lane(Lane& lane, Wait wait, const char* doing, Loc loc) {
     give_way(lane);
 }
 
-void fail(Lane& lane, const std::string& text, Loc loc) {
+void fail(Lane& lane, std::string text, Loc loc) {
     Block& block = block_of(lane);
     block.shim->stop("rank " + std::to_string(block.rank) + " block " + std::to_string(block.index) + " warp " +
                      std::to_string(lane.warp->index) + " lane " + std::to_string(lane.index) + " of kernel " +
                      block.launch->kernel->name + ": " + text + " (" + place(loc) + ")");
+    std::string().swap(text);  // nothing on this stack will ever be destroyed
     for (;;) give_way(lane);  // never resumed: the run is over
 }
 

@@ -117,6 +117,10 @@ void Shim::start_block(Launch& launch, u32 index) {
     if (!block.stacks.count()) block.stacks.map(launch.threads);
     std::string place = "rank " + std::to_string(block.rank) + " block " + std::to_string(index);
     block.proxy_view.create((place + " proxy view").c_str());
+    block.proxy_view.as([&] {  // what came before the kernel is visible in every proxy
+        launch.begun.acquire();
+        launch.stream_order->acquire();
+    });
     u64 frozen_until = random.one_in(4) ? sweep_number + random.below(100) : 0;
     for (u32 w = 0; w * 32 < launch.threads; ++w) {
         block.warps.push_back(std::make_unique<Warp>());

@@ -270,7 +270,7 @@ void yield(Lane& lane, const char* doing, Loc loc, const void* watched = nullptr
 /// Gives way until `wake`, or until what `wait` says.
 void sleep_until(Lane& lane, Wait wait, u64 wake, const char* doing, Loc loc);
 /// Ends the run with a failed check at this lane.
-[[noreturn]] void fail(Lane& lane, const std::string& text, Loc loc);
+[[noreturn]] void fail(Lane& lane, std::string text, Loc loc);
 
 /// Opens the barrier's next phase if the open one has all its arrivals and bytes.
 void advance_phase(Block& block, Mbarrier& bar);

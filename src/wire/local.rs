@@ -1,8 +1,8 @@
-//! The parameters of the kernels that work on one rank's rows alone. Numbers of rows are read on the device, so that
-//! nothing waits for the host to know them; what is allocated bounds them.
+//! The parameters of the kernels that work on one rank's rows alone. Numbers of rows are read on the device, so
+//! that nothing waits for the host to know them; what is allocated bounds them.
 //!
-//! Letters in shapes: R received rows, K entries of a row's top-k, H elements of a row, E experts of the rank, G scales
-//! of a row.
+//! Letters in shapes: R received rows, K entries of a row's top-k, H elements of a row, E experts of the rank,
+//! G scales of a row.
 
 use super::render::{device_codes, device_struct};
 
@@ -17,8 +17,8 @@ pub const fn order_scratch_words(num_experts: usize) -> usize {
     ORDER_THREADS / 32 * num_experts
 }
 
-/// Expanded rows that `capacity` received rows may come to: always enough for an order. More than [`MAX_ENTRIES`]
-/// cannot be ordered.
+/// Expanded rows that `capacity` received rows may come to: always enough for an order. More than
+/// [`MAX_ENTRIES`] cannot be ordered.
 pub const fn most_expanded_rows(capacity: usize, topk: usize, num_experts: usize, alignment: usize) -> usize {
     let entries = capacity.saturating_mul(topk);
     entries.saturating_add(num_experts.saturating_mul(alignment.saturating_sub(1)))
@@ -69,8 +69,8 @@ device_struct! {
 }
 
 device_struct! {
-    /// Makes an expert-major order. Entries that there is room for, capacity * K, and E * (alignment - 1) come to at
-    /// most 2^31 - 1.
+    /// Makes an expert-major order. Entries that there is room for, capacity * K, and E * (alignment - 1) come to
+    /// at most 2^31 - 1.
     ExpertOrderParams {
         /// i32 [capacity, K]: experts of this rank, or −1.
         pub topk_idx: u64,
@@ -104,7 +104,8 @@ device_struct! {
 }
 
 device_struct! {
-    /// Expands received rows and their scales. Rows and rows of scales are multiples of 16 bytes, at such addresses.
+    /// Expands received rows and their scales. Rows and rows of scales are multiples of 16 bytes, at such
+    /// addresses.
     ExpandParams {
         /// `ExpertOrder`.
         pub order: u64,

@@ -110,7 +110,7 @@ pub struct Device {
 /// A plan on a device.
 pub struct Plan {
     pub map: HandleMap,
-    pub memory: Memory,
+    pub memory: Arc<Memory>,
     pub tokens: usize,
 }
 
@@ -140,7 +140,7 @@ pub struct Machine {
     /// What proxies know; their addresses were given away.
     proxies: Vec<Box<Proxy>>,
     /// Whatever kernels may still read.
-    kept: Vec<Memory>,
+    kept: Vec<(u32, Arc<Memory>)>,
 }
 
 struct Proxy {
@@ -267,22 +267,43 @@ impl Machine {
 
     /// Memory that kernels of `rank` may read and write as long as the machine lives; its address.
     pub fn keep<T: Pod>(&mut self, rank: usize, values: &[T]) -> u64 {
-        let memory = Memory::of(values);
-        self.shim.memory(rank, memory.address(), memory.bytes().len(), false);
-        self.kept.push(memory);
-        self.kept.last().expect("just pushed").address()
+        self.adopt(rank, Memory::of(values)).address()
+    }
+
+    /// The shim knows memory by its address for ever, so it is never given back.
+    fn adopt(&mut self, rank: usize, memory: Memory) -> Arc<Memory> {
+        let id = self.shim.memory(rank, memory.address(), memory.bytes().len(), false);
+        self.kept.push((id, Arc::new(memory)));
+        self.kept.last().expect("just pushed").1.clone()
+    }
+
+    fn kept_at(&self, address: u64) -> usize {
+        self.kept.iter().position(|(_, memory)| memory.address() == address).expect("kept memory")
+    }
+
+    /// The shim's id of memory that `keep` gave.
+    pub fn id_of(&self, address: u64) -> u32 {
+        self.kept[self.kept_at(address)].0
+    }
+
+    pub fn traffic_of(&self, address: u64, what: Traffic) -> usize {
+        self.shim.traffic(self.id_of(address), what)
+    }
+
+    /// Overwrites memory that `keep` gave.
+    pub fn rewrite<T: Pod>(&mut self, address: u64, values: &[T]) {
+        let at = self.kept_at(address);
+        Arc::get_mut(&mut self.kept[at].1).expect("nobody else's").write(0, values);
     }
 
     /// What lies in memory that `keep` gave.
     pub fn kept<T: Pod>(&self, address: u64, len: usize) -> Vec<T> {
-        let memory = self.kept.iter().find(|memory| memory.address() == address).expect("kept memory");
-        memory.slice(0, len)
+        self.kept[self.kept_at(address)].1.slice(0, len)
     }
 
     pub fn plan(&mut self, rank: usize, tokens: usize, topk: usize, forwarded: usize) -> Plan {
         let map = HandleMap::new(&self.config, tokens, topk, forwarded);
-        let memory = Memory::new(map.bytes);
-        self.shim.memory(rank, memory.address(), memory.bytes().len(), false);
+        let memory = self.adopt(rank, Memory::new(map.bytes));
         Plan { map, memory, tokens }
     }
 
