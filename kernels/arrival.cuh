@@ -100,7 +100,8 @@ DEV void arrive(const Params& p, const Warp& warp) {
         const Awaited done{p.region, p.done_words, p.channels, p.ranks_per_node, waits::DONE};
         stopped = !await_words(p, warp.lane, done, target, rank, all_of_them);
     }
-    if (warp.lane == 0 && good && p.lane == 0) at<HandleState>(p.handle)->dispatched = 1;
+    HandleState& plan = *at<HandleState>(p.handle);
+    if (warp.lane == 0 && !stopped && good && plan.dispatched == 0) plan.dispatched = 1;
     end_operation(p, warp.lane, stopped ? status::FAULT : good ? status::OK : status::REFUSED);
 }
 

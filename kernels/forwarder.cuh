@@ -10,6 +10,8 @@ class Forwarder {
     const Warp& warp;
     Pipe& pipe;
     u32 parity;
+    /// Final rows are kept once: a cached dispatch finds them there, where a combine may be reading them.
+    bool keeps;
     u32 node = 0;
     u32 channel = 0;
     /// The ring's cursor, and the tokens of the run forwarded before, at the step's start.
@@ -18,7 +20,11 @@ class Forwarder {
 
 public:
     DEV Forwarder(const Params& params, const Warp& w, Pipe& stages)
-        : p(params), warp(w), pipe(stages), parity(at<LaneState>(p.lane_state)->turn & 1) {}
+        : p(params),
+          warp(w),
+          pipe(stages),
+          parity(at<LaneState>(p.lane_state)->turn & 1),
+          keeps(at<HandleState>(p.handle)->dispatched == 0) {}
 
     /// Forwards at most a chunk of the ring from a node.
     DEV Step step(u32 channel_number, u32 from, Wait& wait) {
@@ -54,7 +60,7 @@ public:
     DEV Target begin(u32 i) {
         const u32* header = reinterpret_cast<const u32*>(slot(i));
         const Wanted wanted(p, header, bases_of(p, node, channel), warp.lane);
-        keep(i, wanted);
+        if (keeps) keep(i, wanted);
         return place_token(p, warp, parity, header, wanted, rank_of(p, node, p.local));
     }
 

@@ -19,7 +19,7 @@ public:
     /// Copies the count blocks of believed sources from the ranks of the node, each from the one on its own rail.
     DEV void copy(u32 parity) const {
         const u32 world = p.nodes * p.ranks_per_node;
-        for (u32 source = 0; source < world; source++) {
+        ROLLED for (u32 source = 0; source < world; source++) {
             if (!agrees(source)) continue;
             const u64 region = peer_region(p, source % p.ranks_per_node);
             const u32* counts = at<u32>(region + entry(p.rail_records, parity, source / p.ranks_per_node) + COUNTS_AT);

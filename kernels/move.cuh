@@ -43,12 +43,12 @@ public:
     DEV void run(u32 count) {
         // One stage less than there are: the copies out of the last one need not be waited for at once.
         u32 feed = 0, feed_piece = 0;
-        for (u32 ahead = pipe.depth() - 1; ahead > 0 && feed < count; ahead--) load(feed, feed_piece);
-        for (u32 i = 0; i < count; i++) {
+        ROLLED for (u32 ahead = pipe.depth() - 1; ahead > 0 && feed < count; ahead--) load(feed, feed_piece);
+        ROLLED for (u32 i = 0; i < count; i++) {
             const Target target = tokens.begin(i);
             u8* scales = scale_row(i);
             if (p.scale_pitch > 0 && !quantise) tokens.scales(i, scales);
-            for (u32 piece = 0; piece < pieces; piece++) {
+            ROLLED for (u32 piece = 0; piece < pieces; piece++) {
                 write(target, piece, scales);
                 ptx::cp_async_bulk_commit_group();
                 // The copies of the piece before have read their stage, which the next load takes.

@@ -23,11 +23,13 @@ DEV float widen_bf16(u32 bits) { return ptx::mov_f32(bits << 16); }
 /// The value of the high 16 bits.
 DEV float widen_high_bf16(u32 bits) { return ptx::mov_f32(bits & 0xFFFF0000); }
 
-/// Nearest even, overflowing to infinity; every NaN becomes 0x7FC0.
-DEV u32 round_bf16(float v) { return v != v ? NAN_BF16 : (u32)ptx::cvt_rn_bf16(v); }
-
-/// Two elements, the first in the low 16 bits.
-DEV u32 pack_bf16(float first, float second) { return round_bf16(first) | round_bf16(second) << 16; }
+/// Two elements, the first in the low 16 bits: nearest even, overflowing to infinity; every NaN becomes 0x7FC0.
+DEV u32 pack_bf16(float first, float second) {
+    u32 pair = ptx::cvt_rn_bf16x2(second, first);
+    if (first != first) pair = (pair & 0xFFFF0000) | NAN_BF16;
+    if (second != second) pair = (pair & 0xFFFF) | NAN_BF16 << 16;
+    return pair;
+}
 
 // ---- scales
 

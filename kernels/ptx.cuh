@@ -18,6 +18,8 @@ using i32 = int;
 using i64 = long long;
 
 #define DEV __device__ __forceinline__
+/// Ahead of a loop that must not be unrolled: its body is large, and code that does not fit the cache is slow.
+#define ROLLED _Pragma("unroll 1")
 
 /// The unit of vector accesses: one 16-byte load or store.
 struct alignas(16) V4 {
@@ -180,7 +182,7 @@ DEV bool mbarrier_try_wait_parity(u64* bar, u32 parity) {
 }
 /// Global to shared; completes on `bar`.
 DEV void cp_async_bulk_g2s(void* dst, const void* src, u32 bytes, u64* bar) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(cvta_to_shared(dst)),
+    asm volatile("cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(cvta_to_shared(dst)),
                  "l"(src), "r"(bytes), "r"(cvta_to_shared(bar))
                  : "memory");
 }
@@ -219,10 +221,10 @@ DEV float div_rn(float a, float b) {
     asm("div.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
     return r;
 }
-/// Nearest even; NaN gives 0x7FFF.
-DEV u16 cvt_rn_bf16(float v) {
-    u16 r;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v));
+/// Two BF16 elements, `low` in the lower half: nearest even; NaN gives 0x7FFF.
+DEV u32 cvt_rn_bf16x2(float high, float low) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
 }
 /// Two E4M3 codes, `low` in the lower byte: nearest even, saturating at ±448; NaN gives 0x7F.

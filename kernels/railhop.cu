@@ -19,7 +19,7 @@ DEV void serve(const Params& p, const Warp& warp, const RoleShare& share, u32 st
         Wait wait{};
         const Step other = step_other();
         bool moved = other == Step::Moved, done = other == Step::Done;
-        for (u32 stream = share.index; stream < streams; stream += share.count) {
+        ROLLED for (u32 stream = share.index; stream < streams; stream += share.count) {
             const Step step = step_stream(stream, wait);
             moved |= step == Step::Moved;
             done &= step == Step::Done;
@@ -73,14 +73,11 @@ DEV void combine_roles(const Params& p) {
                 return forwarder.step(stream / rings, node_of_ring(p, stream % rings), wait);
             };
             serve(p, warp, share, p.channels * rings, forward, nothing_else);
-        } else if (rings > 0) {
-            Reducer reducer(p, warp, pipe);
-            const auto reduce = [&](u32 channel, Wait& wait) { return reducer.step(channel, wait); };
-            serve(p, warp, share, p.channels, reduce, nothing_else);
         } else {
-            Reducer reducer(p, warp, pipe);
-            const u32 first = (u32)((u64)p.tokens * share.index / share.count);
-            reducer.reduce_own(first, (u32)((u64)p.tokens * (share.index + 1) / share.count) - first);
+            Reducer reducer(p, warp, pipe, share.index, share.count);
+            const auto reduce = [&](u32 stream, Wait& wait) { return reducer.step(stream, wait); };
+            // Without rings each warp has one stream: its share of the tokens.
+            serve(p, warp, share, rings > 0 ? p.channels : share.count, reduce, nothing_else);
         }
     }
     if (is_last(p, warp)) arrive(p, warp);

@@ -11,38 +11,42 @@ class Reducer {
     Pipe& pipe;
     NodeCursor* cursors;
     u32 parity;
+    /// Without rings: the warp's share of the tokens, and how many of them are done.
+    u32 share_first;
+    u32 share_count;
+    u32 share_done = 0;
     u32 channel = 0;
     u32 token = 0;
 
 public:
-    DEV Reducer(const Params& params, const Warp& w, Pipe& stages)
+    /// The `part`th of `parts` shares of the tokens is the warp's where there are no rings.
+    DEV Reducer(const Params& params, const Warp& w, Pipe& stages, u32 part, u32 parts)
         : p(params),
           warp(w),
           pipe(stages),
           cursors(reinterpret_cast<NodeCursor*>(w.shared + p.warp.cursors)),
-          parity(at<LaneState>(p.lane_state)->turn & 1) {}
+          parity(at<LaneState>(p.lane_state)->turn & 1),
+          share_first((u32)((u64)p.tokens * part / parts)),
+          share_count((u32)((u64)p.tokens * (part + 1) / parts) - share_first) {}
 
-    /// Reduces what has come of a channel, at most a chunk.
+    /// Reduces what has come of a channel, at most a chunk; without rings, all of the warp's share.
     DEV Step step(u32 channel_number, Wait& wait) {
         channel = channel_number;
+        const bool rings = p.nodes > 1;
         const ChannelTokens range(p, channel);
         u32& progress = at<u32>(p.incoming)[channel * p.nodes + p.node];
-        token = range.first + progress;
-        const u32 left = range.count - progress;
+        const u32 done = rings ? progress : share_done;
+        token = (rings ? range.first : share_first) + done;
+        const u32 left = (rings ? range.count : share_count) - done;
         if (left == 0) return Step::Done;
         open_rings();
-        const u32 count = choose(smaller(p.chunk, left), wait);
+        const u32 count = rings ? choose(smaller(p.chunk, left), wait) : left;
         if (count == 0) return Step::Blocked;
         Summer<Reducer>(p, warp, pipe, *this, role::REDUCER, count).run();
-        if (warp.lane == 0) progress += count;
+        if (!rings) share_done += count;
+        if (rings && warp.lane == 0) progress = done + count;
         close_rings();
         return Step::Moved;
-    }
-
-    /// Reduces `count` tokens from `first` on, which no other node has a part of.
-    DEV void reduce_own(u32 first, u32 count) {
-        token = first;
-        Summer<Reducer>(p, warp, pipe, *this, role::REDUCER, count).run();
     }
 
     // ---- the step's tokens, for the summer
@@ -57,6 +61,8 @@ public:
             row = output_row(p, parity, place);
             weights = output_weights(p, parity, place);
         }
+        // Another lane may have held the node's entry of the token before.
+        ptx::bar_warp_sync();
         if (part.is_remote) {
             NodeCursor& cursor = cursors[part.node];
             u32& slots = summing ? cursor.issued : cursor.position;
@@ -106,9 +112,9 @@ private:
     DEV Terms ordered(const Part& part, const u8* row, const float* weights) const {
         const u32 key = part.key(p);
         u32 position = 0;
-        for (u32 k = 0; k < p.topk; k++) position += ptx::shfl_sync_idx(ptx::ALL, key, k) < key;
+        ROLLED for (u32 k = 0; k < p.topk; k++) position += ptx::shfl_sync_idx(ptx::ALL, key, k) < key;
         Terms terms{ptx::popc(ptx::vote_sync_ballot(ptx::ALL, key != NONE)), 0, nullptr, nullptr};
-        for (u32 k = 0; k < p.topk; k++) {
+        ROLLED for (u32 k = 0; k < p.topk; k++) {
             const u32 to = ptx::shfl_sync_idx(ptx::ALL, key == NONE ? NONE : position, k);
             if (to == NONE) continue;
             terms.own |= ptx::shfl_sync_idx(ptx::ALL, part.is_own, k) << to;
@@ -122,7 +128,8 @@ private:
 
     /// What has come from each node. Bulk copies read it, so the proxy fence comes after the acquire.
     DEV void open_rings() {
-        for (u32 node = warp.lane; node < p.nodes; node += WARP) {
+        ptx::bar_warp_sync();
+        ROLLED for (u32 node = warp.lane; node < p.nodes; node += WARP) {
             cursors[node] = NodeCursor{0, 0, 0, 0, 0, 0};
             if (node == p.node) continue;
             const u64 taken = taken_index(p, channel, node);
@@ -137,7 +144,7 @@ private:
     /// How many tokens from the next on have all their parts here, at most `most`; the wait for the first that lacks one.
     DEV u32 choose(u32 most, Wait& wait) {
         u32 count = 0;
-        for (; count < most; count++) {
+        ROLLED for (; count < most; count++) {
             const u32 node = node_of_entry(p, header_of(p, token + count), warp.lane);
             const u32 same = ptx::match_any_sync(ptx::ALL, node);
             const bool needs = node != NONE && node != p.node && ptx::ctz(same) == warp.lane;
@@ -162,7 +169,7 @@ private:
     /// Returns the credit for the slots that were read.
     DEV void close_rings() {
         ptx::bar_warp_sync();
-        for (u32 node = warp.lane; node < p.nodes; node += WARP) {
+        ROLLED for (u32 node = warp.lane; node < p.nodes; node += WARP) {
             if (cursors[node].issued > 0) release_slots(p, role::REDUCER, channel, node, cursors[node].issued);
         }
         ptx::bar_warp_sync();

@@ -86,7 +86,7 @@ private:
 
     /// A node takes part while its pair is open and it has not seen all of the channel.
     DEV void open_rings(const ChannelTokens& range) {
-        for (u32 node = warp.lane; node < p.nodes; node += WARP) {
+        ROLLED for (u32 node = warp.lane; node < p.nodes; node += WARP) {
             NodeCursor& cursor = cursors[node];
             cursor = NodeCursor{0, 0, 0, 0, progress(node), 0};
             if (node == p.node || at<u32>(p.open)[node] == 0) cursor.position = range.count;
@@ -103,7 +103,7 @@ private:
     /// The earliest token that some node with room has not seen, `NONE` if there is none.
     DEV u32 earliest(const ChannelTokens& range) const {
         u32 position = NONE;
-        for (u32 node = warp.lane; node < p.nodes; node += WARP) {
+        ROLLED for (u32 node = warp.lane; node < p.nodes; node += WARP) {
             const NodeCursor& cursor = cursors[node];
             if (has_room(cursor) && cursor.position < range.count) position = smaller(position, cursor.position);
         }
@@ -113,7 +113,7 @@ private:
     /// Chooses the step's tokens, and for each the nodes it goes to now.
     DEV u32 choose(const ChannelTokens& range) {
         u32 count = 0;
-        while (count < STEP_TOKENS) {
+        ROLLED while (count < STEP_TOKENS) {
             const u32 position = earliest(range);
             if (position == NONE) break;
             const u32 token = range.first + position;
@@ -137,7 +137,7 @@ private:
     /// All nodes with room are past the token at `position`, whether they want it or not.
     DEV void pass(u32 position) {
         ptx::bar_warp_sync();
-        for (u32 node = warp.lane; node < p.nodes; node += WARP) {
+        ROLLED for (u32 node = warp.lane; node < p.nodes; node += WARP) {
             NodeCursor& cursor = cursors[node];
             if (has_room(cursor) && cursor.position == position) cursor.position++;
         }
@@ -147,7 +147,7 @@ private:
     /// Publishes what is complete, keeps the progress, and says what is missing.
     DEV Step close_rings(const ChannelTokens& range, u32 count, Wait& wait) {
         u32 blocked = NONE;
-        for (u32 node = warp.lane; node < p.nodes; node += WARP) {
+        ROLLED for (u32 node = warp.lane; node < p.nodes; node += WARP) {
             const NodeCursor& cursor = cursors[node];
             progress(node) = cursor.position;
             if (cursor.issued > 0) publish_slots(p, role::SENDER, channel, node, cursor.issued);

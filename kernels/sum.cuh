@@ -24,7 +24,7 @@ struct Terms {
 /// Sum number `lane` of the terms' weights, in the order in which rows are summed. By all lanes.
 DEV float sum_weights(const Params& p, u32 lane, const Terms& terms) {
     float total = 0.0f, node = 0.0f;
-    for (u32 i = 0; i < terms.count; i++) {
+    ROLLED for (u32 i = 0; i < terms.count; i++) {
         const float* weights = at<const float>(broadcast((u64)terms.weights, i));
         const float weight = lane < p.weights ? weights[lane] : 0.0f;
         if (terms.is_own(i)) node = ptx::add_rn(node, weight);
@@ -106,12 +106,12 @@ public:
     /// PieceSums the step's tokens. When it returns, all sums are where they belong, visible to every lane.
     DEV void run() {
         enter_token();
-        for (u32 ahead = pipe.depth(); ahead > 0 && fed_token < count; ahead--) feed();
-        for (u32 i = 0; i < count; i++) {
+        ROLLED for (u32 ahead = pipe.depth(); ahead > 0 && fed_token < count; ahead--) feed();
+        ROLLED for (u32 i = 0; i < count; i++) {
             const Terms terms = tokens.terms(i, true);
             u8* to = tokens.begin(i, terms);
             const u8* bias = tokens.bias(i);
-            for (u32 offset = 0; offset < p.row_bytes; offset += SUM_BYTES) {
+            ROLLED for (u32 offset = 0; offset < p.row_bytes; offset += SUM_BYTES) {
                 const u32 bytes = smaller(SUM_BYTES, p.row_bytes - offset);
                 write(sum(terms, bytes, bias == nullptr ? nullptr : bias + offset), to + offset, bytes);
             }
@@ -123,7 +123,7 @@ public:
 private:
     /// Moves on to the next token that has anything to read.
     DEV void enter_token() {
-        for (; fed_token < count; fed_token++) {
+        ROLLED for (; fed_token < count; fed_token++) {
             fed = tokens.terms(fed_token, false);
             if (fed.count > 0) return;
         }
@@ -146,7 +146,7 @@ private:
         PieceSums total, node;
         total.clear();
         node.clear();
-        for (u32 term = 0; term < terms.count; term++) {
+        ROLLED for (u32 term = 0; term < terms.count; term++) {
             const u8* stage = pipe.take(role);
             if (terms.is_own(term)) node.add(stage, bytes, warp.lane);
             if (!terms.is_own(term)) total.add(stage, bytes, warp.lane);

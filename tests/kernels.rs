@@ -16,14 +16,86 @@ use railhop::wire::kernel::Input;
 use railhop::wire::record::VerdictRecord;
 use railhop::wire::region::{Lane, WordId};
 use railhop::wire::shape::RecvLayout;
+use railhop::numeric::{quantise, scale_groups};
 use railhop::{
-    Combine, Combined, Config, Dispatched, Error, RecvBuffer, RowFormat, RowShape, ScaleFormat,
+    Combine, Combined, Config, Dispatched, Error, Fp8Tokens, Handle, RecvBuffer, RowFormat, RowShape, ScaleData,
+    ScaleFormat, ScaleOrder, Scales,
 };
 use shim::{Launch, Machine, Options, Plan, Start, Traffic};
 
+/// Tokens that are E4M3 rows already, with scales in some order.
+struct Ready {
+    tokens: Fp8Tokens<Vec<u8>>,
+    /// Elements between tokens and between groups.
+    strides: (usize, usize),
+}
+
+impl Ready {
+    /// The rows of a rank, quantised by the caller.
+    fn new(case: &Case, rank: usize, scales: ScaleFormat, column_major: bool) -> Self {
+        let (x, hidden) = (&case.ranks[rank].x, case.shape.hidden);
+        let (rows, groups) = (x.len() / hidden, scale_groups(hidden));
+        let width = if scales == ScaleFormat::F32 { groups } else { groups.div_ceil(4) };
+        let pitch = if column_major { rows + 3 } else { width + 1 };
+        let strides = if column_major { (1, pitch) } else { (pitch, 1) };
+        let mut codes = vec![0; x.len()];
+        let mut words = vec![0u32; if column_major { width * pitch } else { rows * pitch }];
+        for (row, (x, codes)) in x.chunks(hidden).zip(codes.chunks_mut(hidden)).enumerate() {
+            let mut dense = vec![0u8; 4 * width];
+            quantise(x, scales, codes, &mut dense);
+            for (group, word) in dense.chunks(4).enumerate() {
+                words[row * strides.0 + group * strides.1] = u32::from_le_bytes(word.try_into().unwrap());
+            }
+        }
+        let data = match scales {
+            ScaleFormat::F32 => ScaleData::F32(words.into_iter().map(f32::from_bits).collect()),
+            ScaleFormat::Ue8m0 => ScaleData::Ue8m0(words.into()),
+        };
+        let order = if column_major { ScaleOrder::ColumnMajor { pitch } } else { ScaleOrder::RowMajor { pitch } };
+        Self { tokens: Fp8Tokens { codes, scales: Scales { data, order } }, strides }
+    }
+
+    fn scale_bits(&self) -> Vec<u32> {
+        match &self.tokens.scales.data {
+            ScaleData::F32(data) => data.iter().map(|scale| scale.to_bits()).collect(),
+            ScaleData::Ue8m0(data) => data.to_vec(),
+        }
+    }
+}
+
+/// What a rank received on the host engine.
+struct Received {
+    handle: Handle,
+    buffer: RecvBuffer,
+}
+
+impl<X> From<Dispatched<X>> for Received {
+    fn from(Dispatched { handle, buffer, .. }: Dispatched<X>) -> Self {
+        Self { handle, buffer }
+    }
+}
+
+/// How a case is run.
+#[derive(Debug, Clone, Copy, Default)]
+struct Style {
+    bias: bool,
+    with_weights: bool,
+    /// The rows come as E4M3, where the case is FP8; whether their scales are column-major.
+    ready: Option<bool>,
+}
+
+impl Style {
+    fn random(random: &mut Random) -> Self {
+        let ready = random.one_in(2).then(|| random.one_in(2));
+        Self { bias: random.one_in(2), with_weights: random.one_in(2), ready }
+    }
+}
+
 /// What the host engine makes of a case.
 struct Expected {
-    received: Vec<Dispatched<Vec<bf16>>>,
+    received: Vec<Received>,
+    /// By rank, where rows come as E4M3.
+    ready: Option<Vec<Ready>>,
     /// By rank: the experts' outputs.
     outputs: Vec<Vec<bf16>>,
     combined: Vec<Combined<RecvBuffer>>,
@@ -32,11 +104,27 @@ struct Expected {
 }
 
 impl Expected {
-    fn new(case: &Case, bias: bool, with_weights: bool) -> Self {
+    fn new(case: &Case, Style { bias, with_weights, ready }: Style) -> Self {
         let mut ranks = Ranks::new(&case.config);
         let handles = ranks.plan(case);
-        let received = ranks.dispatch(&handles, case.shape, |rank| case.x(rank));
-        let outputs = ranks.experts(case, &received);
+        let ready = match (case.shape.format, ready) {
+            (RowFormat::Fp8(scales), Some(column_major)) => {
+                let rows = (0..case.ranks.len()).map(|rank| Ready::new(case, rank, scales, column_major));
+                Some(rows.collect::<Vec<_>>())
+            }
+            _ => None,
+        };
+        let received: Vec<Received> = match &ready {
+            Some(ready) => {
+                let received = ranks.dispatch(&handles, case.shape, |rank| ready[rank].tokens.clone());
+                received.into_iter().map(Received::from).collect()
+            }
+            None => {
+                let received = ranks.dispatch(&handles, case.shape, |rank| case.x(rank));
+                received.into_iter().map(Received::from).collect()
+            }
+        };
+        let outputs = ranks.each(|comm| case.experts(comm, &received[comm.rank()].buffer));
         let copies = outputs.iter().map(|y| y.bf16().to_vec()).collect();
         let most = case.ranks.iter().map(|rank| rank.x.len()).max().unwrap_or(0);
         let mut random = Random(7);
@@ -53,7 +141,7 @@ impl Expected {
             }
         });
         let combined = ranks.combine(&handles, inputs.collect::<Vec<_>>());
-        Self { received, outputs: copies, combined, bias, with_weights }
+        Self { received, ready, outputs: copies, combined, bias, with_weights }
     }
 }
 
@@ -88,18 +176,18 @@ impl Round {
     }
 
     /// Starts a dispatch at every rank; the shim's ids of the tokens.
-    fn start_dispatch(&self, machine: &mut Machine, case: &Case, kind: Kind) -> Vec<u32> {
-        self.start_dispatch_with(machine, case, kind, |_, _| {})
+    fn start_dispatch(&self, machine: &mut Machine, (case, expected): (&Case, &Expected), kind: Kind) -> Vec<u32> {
+        self.start_dispatch_with(machine, (case, expected), kind, |_, _| {})
     }
 
     fn start_dispatch_with(
         &self,
         machine: &mut Machine,
-        case: &Case,
+        (case, expected): (&Case, &Expected),
         kind: Kind,
         mut change: impl FnMut(usize, &mut Start<'_>),
     ) -> Vec<u32> {
-        self.start_dispatch_on(machine, case, kind, |rank, start| {
+        self.start_dispatch_on(machine, (case, expected), kind, |rank, start| {
             change(rank, start);
             true
         })
@@ -109,7 +197,7 @@ impl Round {
     fn start_dispatch_on(
         &self,
         machine: &mut Machine,
-        case: &Case,
+        (case, expected): (&Case, &Expected),
         kind: Kind,
         mut change: impl FnMut(usize, &mut Start<'_>) -> bool,
     ) -> Vec<u32> {
@@ -117,7 +205,15 @@ impl Round {
         for (rank, plan) in self.plans.iter().enumerate() {
             let tokens = &case.ranks[rank];
             let routing = (machine.keep(rank, &tokens.topk_idx), machine.keep(rank, &tokens.topk_weights));
-            let input = Input { x: machine.keep(rank, &bits(&tokens.x)), ..Input::default() };
+            let input = match &expected.ready {
+                Some(ready) => Input {
+                    x: machine.keep(rank, &ready[rank].tokens.codes),
+                    scales: machine.keep(rank, &ready[rank].scale_bits()),
+                    scale_strides: (ready[rank].strides.0 as u64, ready[rank].strides.1 as u64),
+                    ..Input::default()
+                },
+                None => Input { x: machine.keep(rank, &bits(&tokens.x)), ..Input::default() },
+            };
             ids.push(machine.id_of(input.x));
             let (offset, layout) = &self.buffers[rank];
             let buffer = match kind {
@@ -208,7 +304,7 @@ fn check_ended(machine: &Machine, lane: Lane, how: u32) {
 /// Plan and dispatch in one, then combine.
 fn check_case(machine: &mut Machine, case: &Case, expected: &Expected) {
     let round = Round::new(machine, case, expected);
-    round.start_dispatch(machine, case, Kind::PlanDispatch);
+    round.start_dispatch(machine, (case, expected), Kind::PlanDispatch);
     run(machine);
     check_ended(machine, Lane::Dispatch, status::OK);
     round.check_received(machine, case, expected);
@@ -238,7 +334,7 @@ fn replay(trace: &Trace, (nodes, ranks): (usize, usize), format: RowFormat) {
             x: rank.x.into_owned().into(),
         };
         let case = Case { config: config.clone(), shape, ranks: ranks.into_iter().map(owned).collect() };
-        let expected = Expected::new(&case, false, false);
+        let expected = Expected::new(&case, Style::default());
         check_case(&mut machine, &case, &expected);
     }
 }
@@ -322,7 +418,7 @@ fn random_worlds_are_the_host_engines() {
         let mut machine = random_machine(&config, &mut random);
         for _ in 0..3 {
             let case = random_case(&config, &mut random);
-            let expected = Expected::new(&case, random.one_in(2), random.one_in(2));
+            let expected = Expected::new(&case, Style::random(&mut random));
             check_case(&mut machine, &case, &expected);
         }
     }
@@ -338,7 +434,7 @@ fn cycles_of_full_rings_turn() {
         let case = Case::regular(&config, RowShape { hidden: 64, topk: 8, format: RowFormat::Bf16 }, 12);
         let mut machine = Machine::new(&config, seed);
         machine.launch = Launch { blocks: 1, warps: 2, ..Launch::default() };
-        check_case(&mut machine, &case, &Expected::new(&case, false, false));
+        check_case(&mut machine, &case, &Expected::new(&case, Style::default()));
     }
 }
 
@@ -350,16 +446,16 @@ fn plans_are_used_again_and_lanes_overlap() {
         let config = random_config(&mut random);
         let mut machine = random_machine(&config, &mut random);
         let case = random_case(&config, &mut random);
-        let expected = Expected::new(&case, false, true);
+        let expected = Expected::new(&case, Style { with_weights: true, ..Style::default() });
         let round = Round::new(&mut machine, &case, &expected);
-        round.start_dispatch(&mut machine, &case, Kind::Plan);
-        round.start_dispatch(&mut machine, &case, Kind::Dispatch);
+        round.start_dispatch(&mut machine, (&case, &expected), Kind::Plan);
+        round.start_dispatch(&mut machine, (&case, &expected), Kind::Dispatch);
         run(&machine);
         check_ended(&machine, Lane::Dispatch, status::OK);
         round.check_received(&machine, &case, &expected);
         let again = Round { buffers: Round::buffers(&mut machine, &case, &expected), ..round };
         again.start_combine(&mut machine, &case, &expected);
-        again.start_dispatch(&mut machine, &case, Kind::Dispatch);
+        again.start_dispatch(&mut machine, (&case, &expected), Kind::Dispatch);
         run(&machine);
         check_ended(&machine, Lane::Combine, status::OK);
         again.check_received(&machine, &case, &expected);
@@ -379,7 +475,7 @@ fn captured_operations_replay() {
         // Captured sizes are fixed.
         Case { ranks: tokens.ranks.into_iter().map(|rank| truncated(rank, &shape, 8)).collect(), ..tokens }
     }).collect();
-    let expected: Vec<_> = cases.iter().map(|case| Expected::new(case, false, false)).collect();
+    let expected: Vec<_> = cases.iter().map(|case| Expected::new(case, Style::default())).collect();
     let captured = Captured::new(&mut machine, &cases[0]);
     for (case, expected) in cases.iter().zip(&expected).chain(cases.iter().zip(&expected)) {
         captured.replay(&mut machine, case, expected);
@@ -467,10 +563,10 @@ fn check_refused(mut break_it: impl FnMut(usize, &mut Start<'_>), bad_expert: bo
         broken.ranks[2].topk_idx.to_mut()[7] = 99;
         broken.ranks[2].topk_idx.to_mut()[9] = -2;
     }
-    let expected = Expected::new(&case, false, false);
+    let expected = Expected::new(&case, Style::default());
     let mut machine = Machine::new(&case.config, 3);
     let round = Round::new(&mut machine, &case, &expected);
-    round.start_dispatch_with(&mut machine, &broken, Kind::PlanDispatch, &mut break_it);
+    round.start_dispatch_with(&mut machine, (&broken, &expected), Kind::PlanDispatch, &mut break_it);
     run(&machine);
     check_ended(&machine, Lane::Dispatch, status::REFUSED);
     for rank in 0..4 {
@@ -504,10 +600,10 @@ fn a_buffer_that_is_too_small_fails_all() {
 #[test]
 fn combine_needs_dispatched_rows() {
     let (_, case) = square();
-    let expected = Expected::new(&case, false, false);
+    let expected = Expected::new(&case, Style::default());
     let mut machine = Machine::new(&case.config, 3);
     let round = Round::new(&mut machine, &case, &expected);
-    round.start_dispatch(&mut machine, &case, Kind::Plan);
+    round.start_dispatch(&mut machine, (&case, &expected), Kind::Plan);
     round.start_combine(&mut machine, &case, &expected);
     run(&machine);
     check_ended(&machine, Lane::Combine, status::REFUSED);
@@ -519,7 +615,7 @@ fn combine_needs_dispatched_rows() {
 #[test]
 fn ranks_out_of_step_are_named() {
     let (_, case) = square();
-    let expected = Expected::new(&case, false, false);
+    let expected = Expected::new(&case, Style::default());
     let mut machine = Machine::new(&case.config, 9);
     let round = Round::new(&mut machine, &case, &expected);
     let differ = |rank: usize, start: &mut Start<'_>| {
@@ -527,7 +623,7 @@ fn ranks_out_of_step_are_named() {
             start.kind = Kind::Plan;
         }
     };
-    round.start_dispatch_with(&mut machine, &case, Kind::PlanDispatch, differ);
+    round.start_dispatch_with(&mut machine, (&case, &expected), Kind::PlanDispatch, differ);
     run(&machine);
     check_ended(&machine, Lane::Dispatch, status::REFUSED);
     for rank in 0..4 {
@@ -543,16 +639,16 @@ fn ranks_out_of_step_are_named() {
 /// Loses all signals of one word: every rank ends, and one of them says who misses what from whom.
 fn check_lost((rank, lane, word): (usize, Lane, WordId), role: u32, what: u32, channel: Option<u32>, peer: u32) {
     let (_, case) = square();
-    let expected = Expected::new(&case, false, false);
+    let expected = Expected::new(&case, Style::default());
     let mut machine = Machine::new(&case.config, 11);
     let round = Round::new(&mut machine, &case, &expected);
     if lane == Lane::Combine {
-        round.start_dispatch(&mut machine, &case, Kind::PlanDispatch);
+        round.start_dispatch(&mut machine, (&case, &expected), Kind::PlanDispatch);
         run(&machine);
     }
     machine.lose(rank, lane, word);
     match lane {
-        Lane::Dispatch => drop(round.start_dispatch(&mut machine, &case, Kind::PlanDispatch)),
+        Lane::Dispatch => drop(round.start_dispatch(&mut machine, (&case, &expected), Kind::PlanDispatch)),
         Lane::Combine => round.start_combine(&mut machine, &case, &expected),
     }
     run(&machine);
@@ -583,7 +679,7 @@ fn every_lost_signal_is_named() {
 fn a_missing_rank_is_named_and_the_abort_flag_ends_waits() {
     for abort in [false, true] {
         let (_, case) = square();
-        let expected = Expected::new(&case, false, false);
+        let expected = Expected::new(&case, Style::default());
         let mut machine = Machine::new(&case.config, 2);
         let round = Round::new(&mut machine, &case, &expected);
         if abort {
@@ -592,7 +688,7 @@ fn a_missing_rank_is_named_and_the_abort_flag_ends_waits() {
                 machine.devices[rank].mailbox.write(at, &[1u32]);
             }
         }
-        round.start_dispatch_on(&mut machine, &case, Kind::PlanDispatch, |rank, _| rank != 1);
+        round.start_dispatch_on(&mut machine, (&case, &expected), Kind::PlanDispatch, |rank, _| rank != 1);
         run(&machine);
         for rank in [0, 2, 3] {
             assert_eq!(machine.report(rank, Lane::Dispatch).status, status::FAULT);
@@ -614,11 +710,11 @@ fn every_row_is_read_once_and_written_once_per_target() {
         let config = config(4, 2).channels(2).chunk_tokens(4).ring_slots(16).build().unwrap();
         let shape = RowShape { hidden: 256, topk: 6, format };
         let case = Case::random(&config, shape, 16, 1);
-        let expected = Expected::new(&case, false, false);
+        let expected = Expected::new(&case, Style::default());
         let mut machine = Machine::new(&config, 0);
         let round = Round::new(&mut machine, &case, &expected);
         let before = Costs::of(&machine);
-        let inputs = round.start_dispatch(&mut machine, &case, Kind::PlanDispatch);
+        let inputs = round.start_dispatch(&mut machine, (&case, &expected), Kind::PlanDispatch);
         run(&machine);
         check_dispatch_costs(&machine, &case, &expected, &inputs, before);
         if format != RowFormat::Bf16 {

@@ -1,6 +1,13 @@
 // What kernels share with the host: rendered from src/wire, do not edit (UPDATE_GENERATED=1 cargo test --test generated).
 #pragma once
 
+// NVRTC lacks the builtin.
+#if defined(__CUDACC_RTC__)
+#define OFFSET_OF(type, field) __INTADDR__(&((type*)0)->field)
+#else
+#define OFFSET_OF(type, field) __builtin_offsetof(type, field)
+#endif
+
 namespace railhop {
 
 /// Bits of an index in a word; the generation takes the rest.
@@ -146,13 +153,13 @@ struct StartedRecord {
     u32 format;
 };
 static_assert(sizeof(StartedRecord) == 40, "StartedRecord");
-static_assert(__builtin_offsetof(StartedRecord, epoch) == 0, "StartedRecord");
-static_assert(__builtin_offsetof(StartedRecord, plan) == 8, "StartedRecord");
-static_assert(__builtin_offsetof(StartedRecord, config) == 16, "StartedRecord");
-static_assert(__builtin_offsetof(StartedRecord, kind) == 24, "StartedRecord");
-static_assert(__builtin_offsetof(StartedRecord, hidden) == 28, "StartedRecord");
-static_assert(__builtin_offsetof(StartedRecord, topk) == 32, "StartedRecord");
-static_assert(__builtin_offsetof(StartedRecord, format) == 36, "StartedRecord");
+static_assert(OFFSET_OF(StartedRecord, epoch) == 0, "StartedRecord");
+static_assert(OFFSET_OF(StartedRecord, plan) == 8, "StartedRecord");
+static_assert(OFFSET_OF(StartedRecord, config) == 16, "StartedRecord");
+static_assert(OFFSET_OF(StartedRecord, kind) == 24, "StartedRecord");
+static_assert(OFFSET_OF(StartedRecord, hidden) == 28, "StartedRecord");
+static_assert(OFFSET_OF(StartedRecord, topk) == 32, "StartedRecord");
+static_assert(OFFSET_OF(StartedRecord, format) == 36, "StartedRecord");
 
 /// Why an input was refused, on the wire; all zero for no reason.
 struct ReasonRecord {
@@ -162,8 +169,8 @@ struct ReasonRecord {
     u64 args[4];
 };
 static_assert(sizeof(ReasonRecord) == 40, "ReasonRecord");
-static_assert(__builtin_offsetof(ReasonRecord, code) == 0, "ReasonRecord");
-static_assert(__builtin_offsetof(ReasonRecord, args) == 8, "ReasonRecord");
+static_assert(OFFSET_OF(ReasonRecord, code) == 0, "ReasonRecord");
+static_assert(OFFSET_OF(ReasonRecord, args) == 8, "ReasonRecord");
 
 /// The parts of a receive buffer as offsets in its rank's region: what a peer is told, so that it derives none.
 struct RecvParts {
@@ -179,11 +186,11 @@ struct RecvParts {
     u64 source;
 };
 static_assert(sizeof(RecvParts) == 40, "RecvParts");
-static_assert(__builtin_offsetof(RecvParts, x) == 0, "RecvParts");
-static_assert(__builtin_offsetof(RecvParts, scales) == 8, "RecvParts");
-static_assert(__builtin_offsetof(RecvParts, topk_idx) == 16, "RecvParts");
-static_assert(__builtin_offsetof(RecvParts, topk_weights) == 24, "RecvParts");
-static_assert(__builtin_offsetof(RecvParts, source) == 32, "RecvParts");
+static_assert(OFFSET_OF(RecvParts, x) == 0, "RecvParts");
+static_assert(OFFSET_OF(RecvParts, scales) == 8, "RecvParts");
+static_assert(OFFSET_OF(RecvParts, topk_idx) == 16, "RecvParts");
+static_assert(OFFSET_OF(RecvParts, topk_weights) == 24, "RecvParts");
+static_assert(OFFSET_OF(RecvParts, source) == 32, "RecvParts");
 
 /// Opens an operation towards the peers of the node: what was started, why it is poisoned (if it is), and
 /// the buffer that peers will touch.
@@ -198,10 +205,10 @@ struct EnterRecord {
     RecvParts parts;
 };
 static_assert(sizeof(EnterRecord) == 128, "EnterRecord");
-static_assert(__builtin_offsetof(EnterRecord, started) == 0, "EnterRecord");
-static_assert(__builtin_offsetof(EnterRecord, poison) == 40, "EnterRecord");
-static_assert(__builtin_offsetof(EnterRecord, capacity) == 80, "EnterRecord");
-static_assert(__builtin_offsetof(EnterRecord, parts) == 88, "EnterRecord");
+static_assert(OFFSET_OF(EnterRecord, started) == 0, "EnterRecord");
+static_assert(OFFSET_OF(EnterRecord, poison) == 40, "EnterRecord");
+static_assert(OFFSET_OF(EnterRecord, capacity) == 80, "EnterRecord");
+static_assert(OFFSET_OF(EnterRecord, parts) == 88, "EnterRecord");
 
 /// Opens an operation towards a peer of the rail; the count block follows where the operation plans.
 struct RailRecord {
@@ -211,8 +218,8 @@ struct RailRecord {
     ReasonRecord poison;
 };
 static_assert(sizeof(RailRecord) == 80, "RailRecord");
-static_assert(__builtin_offsetof(RailRecord, started) == 0, "RailRecord");
-static_assert(__builtin_offsetof(RailRecord, poison) == 40, "RailRecord");
+static_assert(OFFSET_OF(RailRecord, started) == 0, "RailRecord");
+static_assert(OFFSET_OF(RailRecord, poison) == 40, "RailRecord");
 
 /// A node's verdict on an operation: good, refused for one rank's reason, or out of step.
 struct VerdictRecord {
@@ -230,12 +237,12 @@ struct VerdictRecord {
     StartedRecord expected;
 };
 static_assert(sizeof(VerdictRecord) == 136, "VerdictRecord");
-static_assert(__builtin_offsetof(VerdictRecord, rank) == 0, "VerdictRecord");
-static_assert(__builtin_offsetof(VerdictRecord, reference) == 4, "VerdictRecord");
-static_assert(__builtin_offsetof(VerdictRecord, state) == 8, "VerdictRecord");
-static_assert(__builtin_offsetof(VerdictRecord, reason) == 16, "VerdictRecord");
-static_assert(__builtin_offsetof(VerdictRecord, started) == 56, "VerdictRecord");
-static_assert(__builtin_offsetof(VerdictRecord, expected) == 96, "VerdictRecord");
+static_assert(OFFSET_OF(VerdictRecord, rank) == 0, "VerdictRecord");
+static_assert(OFFSET_OF(VerdictRecord, reference) == 4, "VerdictRecord");
+static_assert(OFFSET_OF(VerdictRecord, state) == 8, "VerdictRecord");
+static_assert(OFFSET_OF(VerdictRecord, reason) == 16, "VerdictRecord");
+static_assert(OFFSET_OF(VerdictRecord, started) == 56, "VerdictRecord");
+static_assert(OFFSET_OF(VerdictRecord, expected) == 96, "VerdictRecord");
 
 /// A table of equal things in memory: entry (i, j) is at `at + i * outer + j * inner`.
 struct Table {
@@ -247,9 +254,9 @@ struct Table {
     u64 inner;
 };
 static_assert(sizeof(Table) == 24, "Table");
-static_assert(__builtin_offsetof(Table, at) == 0, "Table");
-static_assert(__builtin_offsetof(Table, outer) == 8, "Table");
-static_assert(__builtin_offsetof(Table, inner) == 16, "Table");
+static_assert(OFFSET_OF(Table, at) == 0, "Table");
+static_assert(OFFSET_OF(Table, outer) == 8, "Table");
+static_assert(OFFSET_OF(Table, inner) == 16, "Table");
 
 /// What the kernels of both lanes of a rank share.
 struct RankState {
@@ -261,9 +268,9 @@ struct RankState {
     u64 commands;
 };
 static_assert(sizeof(RankState) == 16, "RankState");
-static_assert(__builtin_offsetof(RankState, faulted) == 0, "RankState");
-static_assert(__builtin_offsetof(RankState, reserved) == 4, "RankState");
-static_assert(__builtin_offsetof(RankState, commands) == 8, "RankState");
+static_assert(OFFSET_OF(RankState, faulted) == 0, "RankState");
+static_assert(OFFSET_OF(RankState, reserved) == 4, "RankState");
+static_assert(OFFSET_OF(RankState, commands) == 8, "RankState");
 
 /// One lane of a rank between and during operations. Only kernels advance it.
 struct LaneState {
@@ -283,13 +290,13 @@ struct LaneState {
     u32 reserved;
 };
 static_assert(sizeof(LaneState) == 72, "LaneState");
-static_assert(__builtin_offsetof(LaneState, turn) == 0, "LaneState");
-static_assert(__builtin_offsetof(LaneState, invalid) == 8, "LaneState");
-static_assert(__builtin_offsetof(LaneState, poison) == 16, "LaneState");
-static_assert(__builtin_offsetof(LaneState, node_good) == 56, "LaneState");
-static_assert(__builtin_offsetof(LaneState, world_good) == 60, "LaneState");
-static_assert(__builtin_offsetof(LaneState, finished) == 64, "LaneState");
-static_assert(__builtin_offsetof(LaneState, reserved) == 68, "LaneState");
+static_assert(OFFSET_OF(LaneState, turn) == 0, "LaneState");
+static_assert(OFFSET_OF(LaneState, invalid) == 8, "LaneState");
+static_assert(OFFSET_OF(LaneState, poison) == 16, "LaneState");
+static_assert(OFFSET_OF(LaneState, node_good) == 56, "LaneState");
+static_assert(OFFSET_OF(LaneState, world_good) == 60, "LaneState");
+static_assert(OFFSET_OF(LaneState, finished) == 64, "LaneState");
+static_assert(OFFSET_OF(LaneState, reserved) == 68, "LaneState");
 
 /// A plan, ahead of its tables.
 struct HandleState {
@@ -309,13 +316,13 @@ struct HandleState {
     u32 reserved;
 };
 static_assert(sizeof(HandleState) == 32, "HandleState");
-static_assert(__builtin_offsetof(HandleState, plan) == 0, "HandleState");
-static_assert(__builtin_offsetof(HandleState, dispatched) == 8, "HandleState");
-static_assert(__builtin_offsetof(HandleState, tokens) == 12, "HandleState");
-static_assert(__builtin_offsetof(HandleState, sent) == 16, "HandleState");
-static_assert(__builtin_offsetof(HandleState, forwarded) == 20, "HandleState");
-static_assert(__builtin_offsetof(HandleState, own) == 24, "HandleState");
-static_assert(__builtin_offsetof(HandleState, reserved) == 28, "HandleState");
+static_assert(OFFSET_OF(HandleState, plan) == 0, "HandleState");
+static_assert(OFFSET_OF(HandleState, dispatched) == 8, "HandleState");
+static_assert(OFFSET_OF(HandleState, tokens) == 12, "HandleState");
+static_assert(OFFSET_OF(HandleState, sent) == 16, "HandleState");
+static_assert(OFFSET_OF(HandleState, forwarded) == 20, "HandleState");
+static_assert(OFFSET_OF(HandleState, own) == 24, "HandleState");
+static_assert(OFFSET_OF(HandleState, reserved) == 28, "HandleState");
 
 /// A row of a token at a rank of the own node; `local` is all ones for no row.
 struct FinalRow {
@@ -325,8 +332,8 @@ struct FinalRow {
     u32 row;
 };
 static_assert(sizeof(FinalRow) == 8, "FinalRow");
-static_assert(__builtin_offsetof(FinalRow, local) == 0, "FinalRow");
-static_assert(__builtin_offsetof(FinalRow, row) == 4, "FinalRow");
+static_assert(OFFSET_OF(FinalRow, local) == 0, "FinalRow");
+static_assert(OFFSET_OF(FinalRow, row) == 4, "FinalRow");
 
 /// Where an expert is.
 struct ExpertPlace {
@@ -340,10 +347,10 @@ struct ExpertPlace {
     u32 slot;
 };
 static_assert(sizeof(ExpertPlace) == 16, "ExpertPlace");
-static_assert(__builtin_offsetof(ExpertPlace, node) == 0, "ExpertPlace");
-static_assert(__builtin_offsetof(ExpertPlace, local) == 4, "ExpertPlace");
-static_assert(__builtin_offsetof(ExpertPlace, index) == 8, "ExpertPlace");
-static_assert(__builtin_offsetof(ExpertPlace, slot) == 12, "ExpertPlace");
+static_assert(OFFSET_OF(ExpertPlace, node) == 0, "ExpertPlace");
+static_assert(OFFSET_OF(ExpertPlace, local) == 4, "ExpertPlace");
+static_assert(OFFSET_OF(ExpertPlace, index) == 8, "ExpertPlace");
+static_assert(OFFSET_OF(ExpertPlace, slot) == 12, "ExpertPlace");
 
 /// What a kernel tells the host of a lane's operations.
 struct Report {
@@ -359,11 +366,11 @@ struct Report {
     u32 reserved;
 };
 static_assert(sizeof(Report) == 32, "Report");
-static_assert(__builtin_offsetof(Report, planned) == 0, "Report");
-static_assert(__builtin_offsetof(Report, ended) == 8, "Report");
-static_assert(__builtin_offsetof(Report, rows) == 16, "Report");
-static_assert(__builtin_offsetof(Report, status) == 24, "Report");
-static_assert(__builtin_offsetof(Report, reserved) == 28, "Report");
+static_assert(OFFSET_OF(Report, planned) == 0, "Report");
+static_assert(OFFSET_OF(Report, ended) == 8, "Report");
+static_assert(OFFSET_OF(Report, rows) == 16, "Report");
+static_assert(OFFSET_OF(Report, status) == 24, "Report");
+static_assert(OFFSET_OF(Report, reserved) == 28, "Report");
 
 /// The first fault that a warp of the rank met, and what it waited for.
 struct FaultRecord {
@@ -391,17 +398,17 @@ struct FaultRecord {
     u64 seen;
 };
 static_assert(sizeof(FaultRecord) == 56, "FaultRecord");
-static_assert(__builtin_offsetof(FaultRecord, written) == 0, "FaultRecord");
-static_assert(__builtin_offsetof(FaultRecord, lane) == 4, "FaultRecord");
-static_assert(__builtin_offsetof(FaultRecord, kind) == 8, "FaultRecord");
-static_assert(__builtin_offsetof(FaultRecord, role) == 12, "FaultRecord");
-static_assert(__builtin_offsetof(FaultRecord, channel) == 16, "FaultRecord");
-static_assert(__builtin_offsetof(FaultRecord, peer) == 20, "FaultRecord");
-static_assert(__builtin_offsetof(FaultRecord, what) == 24, "FaultRecord");
-static_assert(__builtin_offsetof(FaultRecord, reserved) == 28, "FaultRecord");
-static_assert(__builtin_offsetof(FaultRecord, epoch) == 32, "FaultRecord");
-static_assert(__builtin_offsetof(FaultRecord, expected) == 40, "FaultRecord");
-static_assert(__builtin_offsetof(FaultRecord, seen) == 48, "FaultRecord");
+static_assert(OFFSET_OF(FaultRecord, written) == 0, "FaultRecord");
+static_assert(OFFSET_OF(FaultRecord, lane) == 4, "FaultRecord");
+static_assert(OFFSET_OF(FaultRecord, kind) == 8, "FaultRecord");
+static_assert(OFFSET_OF(FaultRecord, role) == 12, "FaultRecord");
+static_assert(OFFSET_OF(FaultRecord, channel) == 16, "FaultRecord");
+static_assert(OFFSET_OF(FaultRecord, peer) == 20, "FaultRecord");
+static_assert(OFFSET_OF(FaultRecord, what) == 24, "FaultRecord");
+static_assert(OFFSET_OF(FaultRecord, reserved) == 28, "FaultRecord");
+static_assert(OFFSET_OF(FaultRecord, epoch) == 32, "FaultRecord");
+static_assert(OFFSET_OF(FaultRecord, expected) == 40, "FaultRecord");
+static_assert(OFFSET_OF(FaultRecord, seen) == 48, "FaultRecord");
 
 /// A role's view of one node during a step.
 struct NodeCursor {
@@ -419,12 +426,12 @@ struct NodeCursor {
     u32 reserved;
 };
 static_assert(sizeof(NodeCursor) == 24, "NodeCursor");
-static_assert(__builtin_offsetof(NodeCursor, cursor) == 0, "NodeCursor");
-static_assert(__builtin_offsetof(NodeCursor, room) == 4, "NodeCursor");
-static_assert(__builtin_offsetof(NodeCursor, chosen) == 8, "NodeCursor");
-static_assert(__builtin_offsetof(NodeCursor, issued) == 12, "NodeCursor");
-static_assert(__builtin_offsetof(NodeCursor, position) == 16, "NodeCursor");
-static_assert(__builtin_offsetof(NodeCursor, reserved) == 20, "NodeCursor");
+static_assert(OFFSET_OF(NodeCursor, cursor) == 0, "NodeCursor");
+static_assert(OFFSET_OF(NodeCursor, room) == 4, "NodeCursor");
+static_assert(OFFSET_OF(NodeCursor, chosen) == 8, "NodeCursor");
+static_assert(OFFSET_OF(NodeCursor, issued) == 12, "NodeCursor");
+static_assert(OFFSET_OF(NodeCursor, position) == 16, "NodeCursor");
+static_assert(OFFSET_OF(NodeCursor, reserved) == 20, "NodeCursor");
 
 /// The plan kernel's shared memory, ahead of its warps' running counts.
 struct PlanShared {
@@ -438,10 +445,10 @@ struct PlanShared {
     u32 reserved;
 };
 static_assert(sizeof(PlanShared) == 272, "PlanShared");
-static_assert(__builtin_offsetof(PlanShared, enter) == 0, "PlanShared");
-static_assert(__builtin_offsetof(PlanShared, verdict) == 128, "PlanShared");
-static_assert(__builtin_offsetof(PlanShared, go_on) == 264, "PlanShared");
-static_assert(__builtin_offsetof(PlanShared, reserved) == 268, "PlanShared");
+static_assert(OFFSET_OF(PlanShared, enter) == 0, "PlanShared");
+static_assert(OFFSET_OF(PlanShared, verdict) == 128, "PlanShared");
+static_assert(OFFSET_OF(PlanShared, go_on) == 264, "PlanShared");
+static_assert(OFFSET_OF(PlanShared, reserved) == 268, "PlanShared");
 
 /// A token chosen for a step.
 struct Chosen {
@@ -451,8 +458,8 @@ struct Chosen {
     u32 entries;
 };
 static_assert(sizeof(Chosen) == 8, "Chosen");
-static_assert(__builtin_offsetof(Chosen, token) == 0, "Chosen");
-static_assert(__builtin_offsetof(Chosen, entries) == 4, "Chosen");
+static_assert(OFFSET_OF(Chosen, token) == 0, "Chosen");
+static_assert(OFFSET_OF(Chosen, entries) == 4, "Chosen");
 
 /// One warp's share of shared memory: stages for bulk copies and what the lanes of the warp share.
 struct WarpMap {
@@ -478,16 +485,16 @@ struct WarpMap {
     u32 reserved;
 };
 static_assert(sizeof(WarpMap) == 40, "WarpMap");
-static_assert(__builtin_offsetof(WarpMap, stage_bytes) == 0, "WarpMap");
-static_assert(__builtin_offsetof(WarpMap, stages_log2) == 4, "WarpMap");
-static_assert(__builtin_offsetof(WarpMap, stages) == 8, "WarpMap");
-static_assert(__builtin_offsetof(WarpMap, barriers) == 12, "WarpMap");
-static_assert(__builtin_offsetof(WarpMap, outgoing) == 16, "WarpMap");
-static_assert(__builtin_offsetof(WarpMap, outgoing_bytes) == 20, "WarpMap");
-static_assert(__builtin_offsetof(WarpMap, cursors) == 24, "WarpMap");
-static_assert(__builtin_offsetof(WarpMap, chosen) == 28, "WarpMap");
-static_assert(__builtin_offsetof(WarpMap, bytes) == 32, "WarpMap");
-static_assert(__builtin_offsetof(WarpMap, reserved) == 36, "WarpMap");
+static_assert(OFFSET_OF(WarpMap, stage_bytes) == 0, "WarpMap");
+static_assert(OFFSET_OF(WarpMap, stages_log2) == 4, "WarpMap");
+static_assert(OFFSET_OF(WarpMap, stages) == 8, "WarpMap");
+static_assert(OFFSET_OF(WarpMap, barriers) == 12, "WarpMap");
+static_assert(OFFSET_OF(WarpMap, outgoing) == 16, "WarpMap");
+static_assert(OFFSET_OF(WarpMap, outgoing_bytes) == 20, "WarpMap");
+static_assert(OFFSET_OF(WarpMap, cursors) == 24, "WarpMap");
+static_assert(OFFSET_OF(WarpMap, chosen) == 28, "WarpMap");
+static_assert(OFFSET_OF(WarpMap, bytes) == 32, "WarpMap");
+static_assert(OFFSET_OF(WarpMap, reserved) == 36, "WarpMap");
 
 /// One operation of one rank. Addresses are those of the rank's own mappings.
 struct Params {
@@ -687,103 +694,103 @@ struct Params {
     u32 plan_count_bytes;
 };
 static_assert(sizeof(Params) == 1000, "Params");
-static_assert(__builtin_offsetof(Params, nodes) == 0, "Params");
-static_assert(__builtin_offsetof(Params, ranks_per_node) == 4, "Params");
-static_assert(__builtin_offsetof(Params, node) == 8, "Params");
-static_assert(__builtin_offsetof(Params, local) == 12, "Params");
-static_assert(__builtin_offsetof(Params, channels) == 16, "Params");
-static_assert(__builtin_offsetof(Params, slots) == 20, "Params");
-static_assert(__builtin_offsetof(Params, chunk) == 24, "Params");
-static_assert(__builtin_offsetof(Params, lane) == 28, "Params");
-static_assert(__builtin_offsetof(Params, kind) == 32, "Params");
-static_assert(__builtin_offsetof(Params, generation) == 36, "Params");
-static_assert(__builtin_offsetof(Params, first_index) == 40, "Params");
-static_assert(__builtin_offsetof(Params, deadline_ns) == 48, "Params");
-static_assert(__builtin_offsetof(Params, started) == 56, "Params");
-static_assert(__builtin_offsetof(Params, poison) == 96, "Params");
-static_assert(__builtin_offsetof(Params, num_experts) == 136, "Params");
-static_assert(__builtin_offsetof(Params, own_experts) == 140, "Params");
-static_assert(__builtin_offsetof(Params, tokens) == 144, "Params");
-static_assert(__builtin_offsetof(Params, topk) == 148, "Params");
-static_assert(__builtin_offsetof(Params, row_bytes) == 152, "Params");
-static_assert(__builtin_offsetof(Params, input_bytes) == 156, "Params");
-static_assert(__builtin_offsetof(Params, scale_pitch) == 160, "Params");
-static_assert(__builtin_offsetof(Params, scale_groups) == 164, "Params");
-static_assert(__builtin_offsetof(Params, scale_bytes) == 168, "Params");
-static_assert(__builtin_offsetof(Params, encode) == 172, "Params");
-static_assert(__builtin_offsetof(Params, weights) == 176, "Params");
-static_assert(__builtin_offsetof(Params, fan) == 180, "Params");
-static_assert(__builtin_offsetof(Params, header_words) == 184, "Params");
-static_assert(__builtin_offsetof(Params, header_experts) == 188, "Params");
-static_assert(__builtin_offsetof(Params, header_weights) == 192, "Params");
-static_assert(__builtin_offsetof(Params, header_offsets) == 196, "Params");
-static_assert(__builtin_offsetof(Params, slot_row) == 200, "Params");
-static_assert(__builtin_offsetof(Params, slot_scales) == 204, "Params");
-static_assert(__builtin_offsetof(Params, slot_pitch) == 208, "Params");
-static_assert(__builtin_offsetof(Params, count_words) == 212, "Params");
-static_assert(__builtin_offsetof(Params, count_tokens) == 216, "Params");
-static_assert(__builtin_offsetof(Params, count_channel) == 220, "Params");
-static_assert(__builtin_offsetof(Params, count_experts) == 224, "Params");
-static_assert(__builtin_offsetof(Params, count_own_expert) == 228, "Params");
-static_assert(__builtin_offsetof(Params, topk_idx) == 232, "Params");
-static_assert(__builtin_offsetof(Params, topk_weights) == 240, "Params");
-static_assert(__builtin_offsetof(Params, x) == 248, "Params");
-static_assert(__builtin_offsetof(Params, scales) == 256, "Params");
-static_assert(__builtin_offsetof(Params, scale_token_stride) == 264, "Params");
-static_assert(__builtin_offsetof(Params, scale_group_stride) == 272, "Params");
-static_assert(__builtin_offsetof(Params, bias) == 280, "Params");
-static_assert(__builtin_offsetof(Params, out) == 288, "Params");
-static_assert(__builtin_offsetof(Params, out_weights) == 296, "Params");
-static_assert(__builtin_offsetof(Params, capacity) == 304, "Params");
-static_assert(__builtin_offsetof(Params, parts) == 312, "Params");
-static_assert(__builtin_offsetof(Params, region) == 352, "Params");
-static_assert(__builtin_offsetof(Params, peers) == 360, "Params");
-static_assert(__builtin_offsetof(Params, placement) == 368, "Params");
-static_assert(__builtin_offsetof(Params, enter_words) == 376, "Params");
-static_assert(__builtin_offsetof(Params, gathered_words) == 400, "Params");
-static_assert(__builtin_offsetof(Params, rail_words) == 424, "Params");
-static_assert(__builtin_offsetof(Params, verdict_words) == 448, "Params");
-static_assert(__builtin_offsetof(Params, done_words) == 472, "Params");
-static_assert(__builtin_offsetof(Params, tail_words) == 496, "Params");
-static_assert(__builtin_offsetof(Params, head_words) == 520, "Params");
-static_assert(__builtin_offsetof(Params, sent_words) == 544, "Params");
-static_assert(__builtin_offsetof(Params, taken_words) == 568, "Params");
-static_assert(__builtin_offsetof(Params, enter_records) == 592, "Params");
-static_assert(__builtin_offsetof(Params, rail_records) == 616, "Params");
-static_assert(__builtin_offsetof(Params, verdict_records) == 640, "Params");
-static_assert(__builtin_offsetof(Params, rings) == 664, "Params");
-static_assert(__builtin_offsetof(Params, send_rings) == 688, "Params");
-static_assert(__builtin_offsetof(Params, rank_state) == 712, "Params");
-static_assert(__builtin_offsetof(Params, lane_state) == 720, "Params");
-static_assert(__builtin_offsetof(Params, open) == 728, "Params");
-static_assert(__builtin_offsetof(Params, outgoing) == 736, "Params");
-static_assert(__builtin_offsetof(Params, incoming) == 744, "Params");
-static_assert(__builtin_offsetof(Params, rail_outbox) == 752, "Params");
-static_assert(__builtin_offsetof(Params, verdict_outbox) == 776, "Params");
-static_assert(__builtin_offsetof(Params, gathered) == 784, "Params");
-static_assert(__builtin_offsetof(Params, agrees) == 792, "Params");
-static_assert(__builtin_offsetof(Params, queue) == 800, "Params");
-static_assert(__builtin_offsetof(Params, queue_capacity) == 808, "Params");
-static_assert(__builtin_offsetof(Params, taken) == 816, "Params");
-static_assert(__builtin_offsetof(Params, abort) == 824, "Params");
-static_assert(__builtin_offsetof(Params, fault) == 832, "Params");
-static_assert(__builtin_offsetof(Params, report) == 840, "Params");
-static_assert(__builtin_offsetof(Params, report_experts) == 848, "Params");
-static_assert(__builtin_offsetof(Params, report_verdicts) == 856, "Params");
-static_assert(__builtin_offsetof(Params, rail_completions) == 864, "Params");
-static_assert(__builtin_offsetof(Params, verdict_completions) == 872, "Params");
-static_assert(__builtin_offsetof(Params, chunk_completions) == 880, "Params");
-static_assert(__builtin_offsetof(Params, handle) == 888, "Params");
-static_assert(__builtin_offsetof(Params, headers) == 896, "Params");
-static_assert(__builtin_offsetof(Params, plan_sends) == 904, "Params");
-static_assert(__builtin_offsetof(Params, plan_tokens) == 912, "Params");
-static_assert(__builtin_offsetof(Params, plan_bases) == 920, "Params");
-static_assert(__builtin_offsetof(Params, plan_rows) == 928, "Params");
-static_assert(__builtin_offsetof(Params, plan_first) == 936, "Params");
-static_assert(__builtin_offsetof(Params, placed) == 944, "Params");
-static_assert(__builtin_offsetof(Params, warp) == 952, "Params");
-static_assert(__builtin_offsetof(Params, plan_counts) == 992, "Params");
-static_assert(__builtin_offsetof(Params, plan_count_bytes) == 996, "Params");
+static_assert(OFFSET_OF(Params, nodes) == 0, "Params");
+static_assert(OFFSET_OF(Params, ranks_per_node) == 4, "Params");
+static_assert(OFFSET_OF(Params, node) == 8, "Params");
+static_assert(OFFSET_OF(Params, local) == 12, "Params");
+static_assert(OFFSET_OF(Params, channels) == 16, "Params");
+static_assert(OFFSET_OF(Params, slots) == 20, "Params");
+static_assert(OFFSET_OF(Params, chunk) == 24, "Params");
+static_assert(OFFSET_OF(Params, lane) == 28, "Params");
+static_assert(OFFSET_OF(Params, kind) == 32, "Params");
+static_assert(OFFSET_OF(Params, generation) == 36, "Params");
+static_assert(OFFSET_OF(Params, first_index) == 40, "Params");
+static_assert(OFFSET_OF(Params, deadline_ns) == 48, "Params");
+static_assert(OFFSET_OF(Params, started) == 56, "Params");
+static_assert(OFFSET_OF(Params, poison) == 96, "Params");
+static_assert(OFFSET_OF(Params, num_experts) == 136, "Params");
+static_assert(OFFSET_OF(Params, own_experts) == 140, "Params");
+static_assert(OFFSET_OF(Params, tokens) == 144, "Params");
+static_assert(OFFSET_OF(Params, topk) == 148, "Params");
+static_assert(OFFSET_OF(Params, row_bytes) == 152, "Params");
+static_assert(OFFSET_OF(Params, input_bytes) == 156, "Params");
+static_assert(OFFSET_OF(Params, scale_pitch) == 160, "Params");
+static_assert(OFFSET_OF(Params, scale_groups) == 164, "Params");
+static_assert(OFFSET_OF(Params, scale_bytes) == 168, "Params");
+static_assert(OFFSET_OF(Params, encode) == 172, "Params");
+static_assert(OFFSET_OF(Params, weights) == 176, "Params");
+static_assert(OFFSET_OF(Params, fan) == 180, "Params");
+static_assert(OFFSET_OF(Params, header_words) == 184, "Params");
+static_assert(OFFSET_OF(Params, header_experts) == 188, "Params");
+static_assert(OFFSET_OF(Params, header_weights) == 192, "Params");
+static_assert(OFFSET_OF(Params, header_offsets) == 196, "Params");
+static_assert(OFFSET_OF(Params, slot_row) == 200, "Params");
+static_assert(OFFSET_OF(Params, slot_scales) == 204, "Params");
+static_assert(OFFSET_OF(Params, slot_pitch) == 208, "Params");
+static_assert(OFFSET_OF(Params, count_words) == 212, "Params");
+static_assert(OFFSET_OF(Params, count_tokens) == 216, "Params");
+static_assert(OFFSET_OF(Params, count_channel) == 220, "Params");
+static_assert(OFFSET_OF(Params, count_experts) == 224, "Params");
+static_assert(OFFSET_OF(Params, count_own_expert) == 228, "Params");
+static_assert(OFFSET_OF(Params, topk_idx) == 232, "Params");
+static_assert(OFFSET_OF(Params, topk_weights) == 240, "Params");
+static_assert(OFFSET_OF(Params, x) == 248, "Params");
+static_assert(OFFSET_OF(Params, scales) == 256, "Params");
+static_assert(OFFSET_OF(Params, scale_token_stride) == 264, "Params");
+static_assert(OFFSET_OF(Params, scale_group_stride) == 272, "Params");
+static_assert(OFFSET_OF(Params, bias) == 280, "Params");
+static_assert(OFFSET_OF(Params, out) == 288, "Params");
+static_assert(OFFSET_OF(Params, out_weights) == 296, "Params");
+static_assert(OFFSET_OF(Params, capacity) == 304, "Params");
+static_assert(OFFSET_OF(Params, parts) == 312, "Params");
+static_assert(OFFSET_OF(Params, region) == 352, "Params");
+static_assert(OFFSET_OF(Params, peers) == 360, "Params");
+static_assert(OFFSET_OF(Params, placement) == 368, "Params");
+static_assert(OFFSET_OF(Params, enter_words) == 376, "Params");
+static_assert(OFFSET_OF(Params, gathered_words) == 400, "Params");
+static_assert(OFFSET_OF(Params, rail_words) == 424, "Params");
+static_assert(OFFSET_OF(Params, verdict_words) == 448, "Params");
+static_assert(OFFSET_OF(Params, done_words) == 472, "Params");
+static_assert(OFFSET_OF(Params, tail_words) == 496, "Params");
+static_assert(OFFSET_OF(Params, head_words) == 520, "Params");
+static_assert(OFFSET_OF(Params, sent_words) == 544, "Params");
+static_assert(OFFSET_OF(Params, taken_words) == 568, "Params");
+static_assert(OFFSET_OF(Params, enter_records) == 592, "Params");
+static_assert(OFFSET_OF(Params, rail_records) == 616, "Params");
+static_assert(OFFSET_OF(Params, verdict_records) == 640, "Params");
+static_assert(OFFSET_OF(Params, rings) == 664, "Params");
+static_assert(OFFSET_OF(Params, send_rings) == 688, "Params");
+static_assert(OFFSET_OF(Params, rank_state) == 712, "Params");
+static_assert(OFFSET_OF(Params, lane_state) == 720, "Params");
+static_assert(OFFSET_OF(Params, open) == 728, "Params");
+static_assert(OFFSET_OF(Params, outgoing) == 736, "Params");
+static_assert(OFFSET_OF(Params, incoming) == 744, "Params");
+static_assert(OFFSET_OF(Params, rail_outbox) == 752, "Params");
+static_assert(OFFSET_OF(Params, verdict_outbox) == 776, "Params");
+static_assert(OFFSET_OF(Params, gathered) == 784, "Params");
+static_assert(OFFSET_OF(Params, agrees) == 792, "Params");
+static_assert(OFFSET_OF(Params, queue) == 800, "Params");
+static_assert(OFFSET_OF(Params, queue_capacity) == 808, "Params");
+static_assert(OFFSET_OF(Params, taken) == 816, "Params");
+static_assert(OFFSET_OF(Params, abort) == 824, "Params");
+static_assert(OFFSET_OF(Params, fault) == 832, "Params");
+static_assert(OFFSET_OF(Params, report) == 840, "Params");
+static_assert(OFFSET_OF(Params, report_experts) == 848, "Params");
+static_assert(OFFSET_OF(Params, report_verdicts) == 856, "Params");
+static_assert(OFFSET_OF(Params, rail_completions) == 864, "Params");
+static_assert(OFFSET_OF(Params, verdict_completions) == 872, "Params");
+static_assert(OFFSET_OF(Params, chunk_completions) == 880, "Params");
+static_assert(OFFSET_OF(Params, handle) == 888, "Params");
+static_assert(OFFSET_OF(Params, headers) == 896, "Params");
+static_assert(OFFSET_OF(Params, plan_sends) == 904, "Params");
+static_assert(OFFSET_OF(Params, plan_tokens) == 912, "Params");
+static_assert(OFFSET_OF(Params, plan_bases) == 920, "Params");
+static_assert(OFFSET_OF(Params, plan_rows) == 928, "Params");
+static_assert(OFFSET_OF(Params, plan_first) == 936, "Params");
+static_assert(OFFSET_OF(Params, placed) == 944, "Params");
+static_assert(OFFSET_OF(Params, warp) == 952, "Params");
+static_assert(OFFSET_OF(Params, plan_counts) == 992, "Params");
+static_assert(OFFSET_OF(Params, plan_count_bytes) == 996, "Params");
 
 /// How the making of an order ended.
 namespace order {
@@ -823,11 +830,11 @@ struct ExpertOrder {
     u64 invalid;
 };
 static_assert(sizeof(ExpertOrder) == 24, "ExpertOrder");
-static_assert(__builtin_offsetof(ExpertOrder, status) == 0, "ExpertOrder");
-static_assert(__builtin_offsetof(ExpertOrder, received) == 4, "ExpertOrder");
-static_assert(__builtin_offsetof(ExpertOrder, rows) == 8, "ExpertOrder");
-static_assert(__builtin_offsetof(ExpertOrder, reserved) == 12, "ExpertOrder");
-static_assert(__builtin_offsetof(ExpertOrder, invalid) == 16, "ExpertOrder");
+static_assert(OFFSET_OF(ExpertOrder, status) == 0, "ExpertOrder");
+static_assert(OFFSET_OF(ExpertOrder, received) == 4, "ExpertOrder");
+static_assert(OFFSET_OF(ExpertOrder, rows) == 8, "ExpertOrder");
+static_assert(OFFSET_OF(ExpertOrder, reserved) == 12, "ExpertOrder");
+static_assert(OFFSET_OF(ExpertOrder, invalid) == 16, "ExpertOrder");
 
 /// Makes an expert-major order. Entries that there is room for, capacity * K, and E * (alignment - 1) come to
 /// at most 2^31 - 1.
@@ -862,20 +869,20 @@ struct ExpertOrderParams {
     u32 reserved;
 };
 static_assert(sizeof(ExpertOrderParams) == 88, "ExpertOrderParams");
-static_assert(__builtin_offsetof(ExpertOrderParams, topk_idx) == 0, "ExpertOrderParams");
-static_assert(__builtin_offsetof(ExpertOrderParams, received) == 8, "ExpertOrderParams");
-static_assert(__builtin_offsetof(ExpertOrderParams, order) == 16, "ExpertOrderParams");
-static_assert(__builtin_offsetof(ExpertOrderParams, counts) == 24, "ExpertOrderParams");
-static_assert(__builtin_offsetof(ExpertOrderParams, starts) == 32, "ExpertOrderParams");
-static_assert(__builtin_offsetof(ExpertOrderParams, expanded) == 40, "ExpertOrderParams");
-static_assert(__builtin_offsetof(ExpertOrderParams, sources) == 48, "ExpertOrderParams");
-static_assert(__builtin_offsetof(ExpertOrderParams, scratch) == 56, "ExpertOrderParams");
-static_assert(__builtin_offsetof(ExpertOrderParams, capacity) == 64, "ExpertOrderParams");
-static_assert(__builtin_offsetof(ExpertOrderParams, expanded_capacity) == 68, "ExpertOrderParams");
-static_assert(__builtin_offsetof(ExpertOrderParams, topk) == 72, "ExpertOrderParams");
-static_assert(__builtin_offsetof(ExpertOrderParams, num_experts) == 76, "ExpertOrderParams");
-static_assert(__builtin_offsetof(ExpertOrderParams, alignment) == 80, "ExpertOrderParams");
-static_assert(__builtin_offsetof(ExpertOrderParams, reserved) == 84, "ExpertOrderParams");
+static_assert(OFFSET_OF(ExpertOrderParams, topk_idx) == 0, "ExpertOrderParams");
+static_assert(OFFSET_OF(ExpertOrderParams, received) == 8, "ExpertOrderParams");
+static_assert(OFFSET_OF(ExpertOrderParams, order) == 16, "ExpertOrderParams");
+static_assert(OFFSET_OF(ExpertOrderParams, counts) == 24, "ExpertOrderParams");
+static_assert(OFFSET_OF(ExpertOrderParams, starts) == 32, "ExpertOrderParams");
+static_assert(OFFSET_OF(ExpertOrderParams, expanded) == 40, "ExpertOrderParams");
+static_assert(OFFSET_OF(ExpertOrderParams, sources) == 48, "ExpertOrderParams");
+static_assert(OFFSET_OF(ExpertOrderParams, scratch) == 56, "ExpertOrderParams");
+static_assert(OFFSET_OF(ExpertOrderParams, capacity) == 64, "ExpertOrderParams");
+static_assert(OFFSET_OF(ExpertOrderParams, expanded_capacity) == 68, "ExpertOrderParams");
+static_assert(OFFSET_OF(ExpertOrderParams, topk) == 72, "ExpertOrderParams");
+static_assert(OFFSET_OF(ExpertOrderParams, num_experts) == 76, "ExpertOrderParams");
+static_assert(OFFSET_OF(ExpertOrderParams, alignment) == 80, "ExpertOrderParams");
+static_assert(OFFSET_OF(ExpertOrderParams, reserved) == 84, "ExpertOrderParams");
 
 /// Expands received rows and their scales. Rows and rows of scales are multiples of 16 bytes, at such
 /// addresses.
@@ -906,18 +913,18 @@ struct ExpandParams {
     u32 reserved;
 };
 static_assert(sizeof(ExpandParams) == 72, "ExpandParams");
-static_assert(__builtin_offsetof(ExpandParams, order) == 0, "ExpandParams");
-static_assert(__builtin_offsetof(ExpandParams, sources) == 8, "ExpandParams");
-static_assert(__builtin_offsetof(ExpandParams, x) == 16, "ExpandParams");
-static_assert(__builtin_offsetof(ExpandParams, out) == 24, "ExpandParams");
-static_assert(__builtin_offsetof(ExpandParams, scales) == 32, "ExpandParams");
-static_assert(__builtin_offsetof(ExpandParams, out_scales) == 40, "ExpandParams");
-static_assert(__builtin_offsetof(ExpandParams, row_bytes) == 48, "ExpandParams");
-static_assert(__builtin_offsetof(ExpandParams, scale_pitch) == 52, "ExpandParams");
-static_assert(__builtin_offsetof(ExpandParams, scale_groups) == 56, "ExpandParams");
-static_assert(__builtin_offsetof(ExpandParams, column_pitch) == 60, "ExpandParams");
-static_assert(__builtin_offsetof(ExpandParams, columns) == 64, "ExpandParams");
-static_assert(__builtin_offsetof(ExpandParams, reserved) == 68, "ExpandParams");
+static_assert(OFFSET_OF(ExpandParams, order) == 0, "ExpandParams");
+static_assert(OFFSET_OF(ExpandParams, sources) == 8, "ExpandParams");
+static_assert(OFFSET_OF(ExpandParams, x) == 16, "ExpandParams");
+static_assert(OFFSET_OF(ExpandParams, out) == 24, "ExpandParams");
+static_assert(OFFSET_OF(ExpandParams, scales) == 32, "ExpandParams");
+static_assert(OFFSET_OF(ExpandParams, out_scales) == 40, "ExpandParams");
+static_assert(OFFSET_OF(ExpandParams, row_bytes) == 48, "ExpandParams");
+static_assert(OFFSET_OF(ExpandParams, scale_pitch) == 52, "ExpandParams");
+static_assert(OFFSET_OF(ExpandParams, scale_groups) == 56, "ExpandParams");
+static_assert(OFFSET_OF(ExpandParams, column_pitch) == 60, "ExpandParams");
+static_assert(OFFSET_OF(ExpandParams, columns) == 64, "ExpandParams");
+static_assert(OFFSET_OF(ExpandParams, reserved) == 68, "ExpandParams");
 
 /// Reduces the experts' outputs to one row per received row.
 struct CollapseParams {
@@ -937,13 +944,13 @@ struct CollapseParams {
     u32 topk;
 };
 static_assert(sizeof(CollapseParams) == 48, "CollapseParams");
-static_assert(__builtin_offsetof(CollapseParams, order) == 0, "CollapseParams");
-static_assert(__builtin_offsetof(CollapseParams, expanded) == 8, "CollapseParams");
-static_assert(__builtin_offsetof(CollapseParams, y) == 16, "CollapseParams");
-static_assert(__builtin_offsetof(CollapseParams, weights) == 24, "CollapseParams");
-static_assert(__builtin_offsetof(CollapseParams, out) == 32, "CollapseParams");
-static_assert(__builtin_offsetof(CollapseParams, hidden) == 40, "CollapseParams");
-static_assert(__builtin_offsetof(CollapseParams, topk) == 44, "CollapseParams");
+static_assert(OFFSET_OF(CollapseParams, order) == 0, "CollapseParams");
+static_assert(OFFSET_OF(CollapseParams, expanded) == 8, "CollapseParams");
+static_assert(OFFSET_OF(CollapseParams, y) == 16, "CollapseParams");
+static_assert(OFFSET_OF(CollapseParams, weights) == 24, "CollapseParams");
+static_assert(OFFSET_OF(CollapseParams, out) == 32, "CollapseParams");
+static_assert(OFFSET_OF(CollapseParams, hidden) == 40, "CollapseParams");
+static_assert(OFFSET_OF(CollapseParams, topk) == 44, "CollapseParams");
 
 /// Dequantises received rows.
 struct DequantiseParams {
@@ -969,15 +976,15 @@ struct DequantiseParams {
     u32 reserved;
 };
 static_assert(sizeof(DequantiseParams) == 56, "DequantiseParams");
-static_assert(__builtin_offsetof(DequantiseParams, x) == 0, "DequantiseParams");
-static_assert(__builtin_offsetof(DequantiseParams, scales) == 8, "DequantiseParams");
-static_assert(__builtin_offsetof(DequantiseParams, out) == 16, "DequantiseParams");
-static_assert(__builtin_offsetof(DequantiseParams, received) == 24, "DequantiseParams");
-static_assert(__builtin_offsetof(DequantiseParams, capacity) == 32, "DequantiseParams");
-static_assert(__builtin_offsetof(DequantiseParams, hidden) == 36, "DequantiseParams");
-static_assert(__builtin_offsetof(DequantiseParams, scale_pitch) == 40, "DequantiseParams");
-static_assert(__builtin_offsetof(DequantiseParams, scale_bytes) == 44, "DequantiseParams");
-static_assert(__builtin_offsetof(DequantiseParams, out_bytes) == 48, "DequantiseParams");
-static_assert(__builtin_offsetof(DequantiseParams, reserved) == 52, "DequantiseParams");
+static_assert(OFFSET_OF(DequantiseParams, x) == 0, "DequantiseParams");
+static_assert(OFFSET_OF(DequantiseParams, scales) == 8, "DequantiseParams");
+static_assert(OFFSET_OF(DequantiseParams, out) == 16, "DequantiseParams");
+static_assert(OFFSET_OF(DequantiseParams, received) == 24, "DequantiseParams");
+static_assert(OFFSET_OF(DequantiseParams, capacity) == 32, "DequantiseParams");
+static_assert(OFFSET_OF(DequantiseParams, hidden) == 36, "DequantiseParams");
+static_assert(OFFSET_OF(DequantiseParams, scale_pitch) == 40, "DequantiseParams");
+static_assert(OFFSET_OF(DequantiseParams, scale_bytes) == 44, "DequantiseParams");
+static_assert(OFFSET_OF(DequantiseParams, out_bytes) == 48, "DequantiseParams");
+static_assert(OFFSET_OF(DequantiseParams, reserved) == 52, "DequantiseParams");
 
 }  // namespace railhop

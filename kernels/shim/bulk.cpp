@@ -97,7 +97,8 @@ static BulkCopy& issue(Lane& lane, void* dst, const void* src, u32 bytes, const 
                        const void* global_side, Loc loc) {
     Block& block = block_of(lane);
     Shim& shim = *block.shim;
-    if (((u64)dst | (u64)src | bytes) % 16 != 0) fail(lane, "bulk copy: addresses and size must be multiples of 16", loc);
+    if (((u64)dst | (u64)src | bytes) % 16 != 0)
+        fail(lane, "bulk copy: addresses and size must be multiples of 16", loc);
     if (bytes == 0) fail(lane, "bulk copy of no bytes", loc);
     if (!in_shared_memory(block, shared_side, bytes)) fail(lane, "bulk copy outside the block's shared memory", loc);
     const Memory* memory = shim.memories.find(global_side, bytes);
@@ -113,7 +114,6 @@ static BulkCopy& issue(Lane& lane, void* dst, const void* src, u32 bytes, const 
         shim.spare_copies.pop_back();
         copy->issued.clear();
         copy->visible.clear();
-        copy->data.clear();
     }
     copy->dst = (u8*)dst;
     copy->src = (const u8*)src;

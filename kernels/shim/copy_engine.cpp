@@ -50,8 +50,10 @@ void Shim::read_piece(Block& block, BulkCopy& copy, u32 piece) {
     copy.issuer->warp->copy_reader.as([&] {
         copy.visible.acquire();
         agent_read(src, bytes);
-        copy.data.release();
+        // Straight to whoever waits for the copy, not to its write side: that would order the reads of earlier copies
+        // before the writes of later ones, which nothing does.
         if (copy.group) copy.group->read.release();
+        if (copy.mbarrier) copy.mbarrier->complete[copy.mbarrier->phase].release();
         block.launch->stream_order->release();
         end.release();
     });
@@ -70,7 +72,6 @@ void Shim::write_piece(Block& block, BulkCopy& copy, u32 piece) {
     Mbarrier* bar = copy.mbarrier;
     copy.issuer->warp->copy_writer.as([&] {
         copy.issued.acquire();
-        copy.data.acquire();
         agent_write(dst, bytes);
         block.async_writes.release();
         if (copy.group) copy.group->written.release();

@@ -8,6 +8,7 @@
 #include "lane_api.hpp"
 
 #define DEV inline
+#define ROLLED
 
 namespace railhop {
 namespace ptx {
@@ -209,14 +210,13 @@ DEV u32 mov_b32(float v) { return std::bit_cast<u32>(v); }
 DEV float add_rn(float a, float b) { return a + b; }
 DEV float mul_rn(float a, float b) { return a * b; }
 DEV float div_rn(float a, float b) { return a / b; }
-/// Nearest even; NaN gives 0x7FFF.
-DEV u16 cvt_rn_bf16(float v) {
+namespace detail {
+DEV u32 cvt_bf16(float v) {
     u32 bits = mov_b32(v);
     if ((bits & 0x7FFFFFFF) > 0x7F800000) return 0x7FFF;
-    return (u16)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
 }
 
-namespace detail {
 DEV u8 cvt_e4m3(float v) {
     u32 bits = mov_b32(v);
     u32 sign = (bits >> 24) & 0x80;
@@ -230,6 +230,8 @@ DEV u8 cvt_e4m3(float v) {
 }
 }  // namespace detail
 
+/// Two BF16 elements, `low` in the lower half: nearest even; NaN gives 0x7FFF.
+DEV u32 cvt_rn_bf16x2(float high, float low) { return detail::cvt_bf16(high) << 16 | detail::cvt_bf16(low); }
 /// Two E4M3 codes, `low` in the lower byte: nearest even, saturating at ±448; NaN gives 0x7F.
 DEV u16 cvt_rn_satfinite_e4m3x2(float high, float low) {
     return (u16)(detail::cvt_e4m3(high) << 8 | detail::cvt_e4m3(low));

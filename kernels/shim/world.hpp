@@ -67,7 +67,6 @@ struct BulkCopy {
     std::vector<u8> buffer;
     SyncToken issued;   // what the issuing thread knew
     SyncToken visible;  // what the async proxy had been shown when the copy was issued
-    SyncToken data;     // from the read side to the write side
 };
 
 // ---- execution

@@ -485,7 +485,10 @@ impl Params {
 pub fn header() -> String {
     let mut text = String::from(
         "// What kernels share with the host: rendered from src/wire, do not edit (UPDATE_GENERATED=1 cargo test --test \
-         generated).\n#pragma once\n\nnamespace railhop {\n\n",
+         generated).\n#pragma once\n\n\
+         // NVRTC lacks the builtin.\n#if defined(__CUDACC_RTC__)\n\
+         #define OFFSET_OF(type, field) __INTADDR__(&((type*)0)->field)\n#else\n\
+         #define OFFSET_OF(type, field) __builtin_offsetof(type, field)\n#endif\n\nnamespace railhop {\n\n",
     );
     let constants = [
         ("INDEX_BITS", "bits of an index in a word; the generation takes the rest", INDEX_BITS as usize),

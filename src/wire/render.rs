@@ -71,7 +71,7 @@ pub trait DeviceStruct: Sized {
         let _ = writeln!(text, "}};\nstatic_assert(sizeof({name}) == {}, \"{name}\");", size_of::<Self>());
         for field in &fields {
             let (field, offset) = (field.name, field.offset);
-            let _ = writeln!(text, "static_assert(__builtin_offsetof({name}, {field}) == {offset}, \"{name}\");");
+            let _ = writeln!(text, "static_assert(OFFSET_OF({name}, {field}) == {offset}, \"{name}\");");
         }
         text
     }

@@ -3,6 +3,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 out=${TMPDIR:-/tmp}/railhop-shim-selftest
+failed=0
 for flavour in ${*:-plain tsan asan}; do
     case $flavour in
         plain) flags= ;;
@@ -17,5 +18,6 @@ for flavour in ${*:-plain tsan asan}; do
             -DRAILHOP_KERNELS="\"'"$out/$flavour"'/kernels.hpp\"" -c SOURCE -o '"$out/$flavour"'/$(basename SOURCE).o'
     g++ $flags "$out/$flavour"/*.o -o "$out/$flavour/selftest"
     echo "$flavour:"
-    TSAN_OPTIONS="exitcode=66 ${TSAN_OPTIONS:-}" "$out/$flavour/selftest"
+    TSAN_OPTIONS="exitcode=66 ${TSAN_OPTIONS:-}" "$out/$flavour/selftest" || failed=1
 done
+exit $failed

@@ -240,7 +240,8 @@ bool arithmetic() {
     u64 wrong = 0;
     auto check = [&](u32 bits) {
         float v = std::bit_cast<float>(bits);
-        wrong += railhop::ptx::cvt_rn_bf16(v) != bf16_by_search(v);
+        u32 halves = railhop::ptx::cvt_rn_bf16x2(-v, v);
+        wrong += (halves & 0xFFFF) != bf16_by_search(v) || halves >> 16 != bf16_by_search(-v);
         u16 pair = railhop::ptx::cvt_rn_satfinite_e4m3x2(-v, v);
         wrong += (pair & 0xFF) != e4m3_by_search(v) || pair >> 8 != e4m3_by_search(-v);
     };
