@@ -9,6 +9,7 @@ use std::sync::Arc;
 use common::{Case, Random, Ranks, bits, config};
 use half::bf16;
 use railhop::error::{Kind, Reason};
+use railhop::numeric::{quantise, scale_groups};
 use railhop::reference::oracle::RankTokens;
 use railhop::reference::trace::Trace;
 use railhop::wire::device::{FaultRecord, Staging, role, status, waits};
@@ -16,10 +17,9 @@ use railhop::wire::kernel::Input;
 use railhop::wire::record::VerdictRecord;
 use railhop::wire::region::{Lane, WordId};
 use railhop::wire::shape::RecvLayout;
-use railhop::numeric::{quantise, scale_groups};
 use railhop::{
-    Combine, Combined, Config, Dispatched, Error, Fp8Tokens, Handle, RecvBuffer, RowFormat, RowShape, ScaleData,
-    ScaleFormat, ScaleOrder, Scales,
+    Combine, Combined, Config, Dispatched, Error, Fp8Tokens, Handle, RecvBuffer, RowFormat, RowShape,
+    ScaleData, ScaleFormat, ScaleOrder, Scales,
 };
 use shim::{Launch, Machine, Options, Plan, Start, Traffic};
 
@@ -51,7 +51,8 @@ impl Ready {
             ScaleFormat::F32 => ScaleData::F32(words.into_iter().map(f32::from_bits).collect()),
             ScaleFormat::Ue8m0 => ScaleData::Ue8m0(words.into()),
         };
-        let order = if column_major { ScaleOrder::ColumnMajor { pitch } } else { ScaleOrder::RowMajor { pitch } };
+        let order =
+            if column_major { ScaleOrder::ColumnMajor { pitch } } else { ScaleOrder::RowMajor { pitch } };
         Self { tokens: Fp8Tokens { codes, scales: Scales { data, order } }, strides }
     }
 
@@ -176,7 +177,12 @@ impl Round {
     }
 
     /// Starts a dispatch at every rank; the shim's ids of the tokens.
-    fn start_dispatch(&self, machine: &mut Machine, (case, expected): (&Case, &Expected), kind: Kind) -> Vec<u32> {
+    fn start_dispatch(
+        &self,
+        machine: &mut Machine,
+        (case, expected): (&Case, &Expected),
+        kind: Kind,
+    ) -> Vec<u32> {
         self.start_dispatch_with(machine, (case, expected), kind, |_, _| {})
     }
 
@@ -221,7 +227,8 @@ impl Round {
                 _ => (layout.capacity, layout.parts_at(*offset)),
             };
             let routing = (kind != Kind::Dispatch).then_some(routing);
-            let mut start = Start { kind, shape: case.shape, plan, routing, input, weights: 0, poison: None, buffer };
+            let mut start =
+                Start { kind, shape: case.shape, plan, routing, input, weights: 0, poison: None, buffer };
             if change(rank, &mut start) {
                 machine.start(rank, &start);
             }
@@ -285,7 +292,11 @@ impl Round {
             let (out, weights) = self.out[rank];
             assert!(machine.kept::<u16>(out, host.x.len()) == bits(&host.x), "sums of rank {rank} differ");
             let weights: Vec<u32> = machine.kept(weights, host.topk_weights.len());
-            assert_eq!(weights, bytemuck::cast_slice::<f32, u32>(&host.topk_weights), "weights of rank {rank}");
+            assert_eq!(
+                weights,
+                bytemuck::cast_slice::<f32, u32>(&host.topk_weights),
+                "weights of rank {rank}"
+            );
         }
     }
 }
@@ -297,7 +308,12 @@ fn run(machine: &Machine) {
 fn check_ended(machine: &Machine, lane: Lane, how: u32) {
     for rank in 0..machine.devices.len() {
         let fault = machine.fault(rank);
-        assert_eq!(machine.report(rank, lane).status, how, "rank {rank}: {fault:?}\n{}", machine.shim().stall());
+        assert_eq!(
+            machine.report(rank, lane).status,
+            how,
+            "rank {rank}: {fault:?}\n{}",
+            machine.shim().stall()
+        );
     }
 }
 
@@ -358,20 +374,25 @@ fn traces_are_the_host_engines() {
     }
 }
 
-/// How many seeds a test of random worlds runs: RAILHOP_SEEDS, or a few.
+/// A number from the environment: sanitizers take their time, and nightly runs have more of it.
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name).map_or(default, |value| value.parse().expect("a number"))
+}
+
+/// How many seeds a test of random worlds runs.
 fn seeds(few: u64) -> std::ops::Range<u64> {
-    let seeds = std::env::var("RAILHOP_SEEDS").ok().map(|seeds| seeds.parse().expect("a number"));
-    0..seeds.unwrap_or(few)
+    0..setting("RAILHOP_SEEDS", few)
 }
 
 /// A world of 4 to 16 ranks on 1 to 4 nodes, its rings at their minimum as often as not, its indices near their wrap.
 fn random_config(random: &mut Random) -> Config {
+    let most = setting("RAILHOP_MOST_RANKS", 16) as usize;
     let nodes = 1 + random.below(4);
-    let ranks = (1 + random.below(16 / nodes)).max(4usize.div_ceil(nodes));
+    let ranks = (1 + random.below(most / nodes)).max(4usize.div_ceil(nodes));
     let (slots_log2, experts) = (random.below(3), nodes * ranks + random.below(2 * nodes * ranks));
     let slots = if random.one_in(2) { 1 } else { 1 << slots_log2 };
     let config = config(nodes, ranks).experts(experts).channels(1 + random.below(3)).ring_slots(slots);
-    let config = config.chunk_tokens(1 + random.below(slots)).max_topk(8);
+    let config = config.chunk_tokens(1 + random.below(slots)).max_topk(8).max_hidden(1536);
     config.first_index((1 << 48) - 1 - random.below(8) as u64).build().unwrap()
 }
 
@@ -384,7 +405,7 @@ fn random_launch(random: &mut Random) -> Launch {
 /// Rows that now and then go to one expert only, or nowhere, or from some ranks only.
 fn random_case(config: &Config, random: &mut Random) -> Case {
     let format = FORMATS[random.below(3)];
-    let shape = RowShape { hidden: 16 * (1 + random.below(32)), topk: 1 + random.below(8), format };
+    let shape = RowShape { hidden: 16 * (1 + random.below(96)), topk: 1 + random.below(8), format };
     let mut case = Case::random(config, shape, 10, random.next());
     let special = random.below(8);
     for (rank, tokens) in case.ranks.iter_mut().enumerate() {
@@ -430,7 +451,12 @@ fn random_worlds_are_the_host_engines() {
 fn cycles_of_full_rings_turn() {
     for seed in seeds(6) {
         let (nodes, ranks) = [(2, 1), (2, 2), (3, 1), (4, 2)][seed as usize % 4];
-        let config = config(nodes, ranks).channels(1 + seed as usize % 2).chunk_tokens(1).ring_slots(1).build().unwrap();
+        let config = config(nodes, ranks)
+            .channels(1 + seed as usize % 2)
+            .chunk_tokens(1)
+            .ring_slots(1)
+            .build()
+            .unwrap();
         let case = Case::regular(&config, RowShape { hidden: 64, topk: 8, format: RowFormat::Bf16 }, 12);
         let mut machine = Machine::new(&config, seed);
         machine.launch = Launch { blocks: 1, warps: 2, ..Launch::default() };
@@ -470,11 +496,16 @@ fn captured_operations_replay() {
     let config = config(2, 2).channels(2).ring_slots(4).chunk_tokens(2).build().unwrap();
     let shape = RowShape { hidden: 128, topk: 4, format: RowFormat::Fp8(ScaleFormat::F32) };
     let mut machine = Machine::new(&config, 5);
-    let cases: Vec<_> = (0..3).map(|seed| {
-        let tokens = Case::random(&config, shape, 64, seed);
-        // Captured sizes are fixed.
-        Case { ranks: tokens.ranks.into_iter().map(|rank| truncated(rank, &shape, 8)).collect(), ..tokens }
-    }).collect();
+    let cases: Vec<_> = (0..3)
+        .map(|seed| {
+            let tokens = Case::random(&config, shape, 64, seed);
+            // Captured sizes are fixed.
+            Case {
+                ranks: tokens.ranks.into_iter().map(|rank| truncated(rank, &shape, 8)).collect(),
+                ..tokens
+            }
+        })
+        .collect();
     let expected: Vec<_> = cases.iter().map(|case| Expected::new(case, Style::default())).collect();
     let captured = Captured::new(&mut machine, &cases[0]);
     for (case, expected) in cases.iter().zip(&expected).chain(cases.iter().zip(&expected)) {
@@ -604,6 +635,7 @@ fn combine_needs_dispatched_rows() {
     let mut machine = Machine::new(&case.config, 3);
     let round = Round::new(&mut machine, &case, &expected);
     round.start_dispatch(&mut machine, (&case, &expected), Kind::Plan);
+    run(&machine);
     round.start_combine(&mut machine, &case, &expected);
     run(&machine);
     check_ended(&machine, Lane::Combine, status::REFUSED);
@@ -629,7 +661,10 @@ fn ranks_out_of_step_are_named() {
     for rank in 0..4 {
         let refusal = VerdictRecord::of_world(&machine.verdicts(rank, Lane::Dispatch)).unwrap_err();
         let is_named = |rank, reference| (rank, reference) == (3, 2) || (rank, reference) == (2, 0);
-        assert!(matches!(refusal, Error::OutOfStep { rank, reference, .. } if is_named(rank, reference)), "{refusal}");
+        assert!(
+            matches!(refusal, Error::OutOfStep { rank, reference, .. } if is_named(rank, reference)),
+            "{refusal}"
+        );
     }
     check_case(&mut machine, &case, &expected);
 }
@@ -637,7 +672,13 @@ fn ranks_out_of_step_are_named() {
 // ---- faults
 
 /// Loses all signals of one word: every rank ends, and one of them says who misses what from whom.
-fn check_lost((rank, lane, word): (usize, Lane, WordId), role: u32, what: u32, channel: Option<u32>, peer: u32) {
+fn check_lost(
+    (rank, lane, word): (usize, Lane, WordId),
+    role: u32,
+    what: u32,
+    channel: Option<u32>,
+    peer: u32,
+) {
     let (_, case) = square();
     let expected = Expected::new(&case, Style::default());
     let mut machine = Machine::new(&case.config, 11);
@@ -652,7 +693,9 @@ fn check_lost((rank, lane, word): (usize, Lane, WordId), role: u32, what: u32, c
         Lane::Combine => round.start_combine(&mut machine, &case, &expected),
     }
     run(&machine);
-    let fault = machine.fault(rank).unwrap_or_else(|| panic!("rank {rank} missed nothing; {}", machine.shim().stall()));
+    let fault = machine
+        .fault(rank)
+        .unwrap_or_else(|| panic!("rank {rank} missed nothing; {}", machine.shim().stall()));
     let FaultRecord { expected, seen, .. } = fault;
     let named = (fault.lane, fault.role, fault.what, fault.channel, fault.peer);
     assert_eq!(named, (lane as u32, role, what, channel.unwrap_or(u32::MAX), peer), "{fault:?}");
@@ -737,7 +780,11 @@ impl Costs {
             machine.devices.iter().map(|device| machine.shim().traffic(id(device), what)).sum()
         };
         let (region, private) = (|d: &shim::Device| d.ids.0, |d: &shim::Device| d.ids.1);
-        Self([sum(region, Traffic::BulkRead), sum(region, Traffic::BulkWritten), sum(private, Traffic::BulkWritten)])
+        Self([
+            sum(region, Traffic::BulkRead),
+            sum(region, Traffic::BulkWritten),
+            sum(private, Traffic::BulkWritten),
+        ])
     }
 
     fn since(self, before: Self) -> [usize; 3] {
@@ -773,7 +820,11 @@ fn check_dispatch_costs(machine: &Machine, case: &Case, expected: &Expected, inp
     assert_eq!(written, rows * (row + scales), "rows are written once per target rank");
     assert_eq!(put, crossing * (row + scales), "tokens are written once per remote node");
     let x: usize = inputs.iter().map(|&id| machine.shim().traffic(id, Traffic::BulkRead)).sum();
-    assert_eq!(x, (sent + own) * 2 * case.shape.hidden, "a token is read once to be sent, and once for the own node");
+    assert_eq!(
+        x,
+        (sent + own) * 2 * case.shape.hidden,
+        "a token is read once to be sent, and once for the own node"
+    );
 }
 
 fn check_combine_costs(machine: &Machine, case: &Case, expected: &Expected, round: &Round, before: Costs) {

@@ -433,8 +433,13 @@ impl Ordered {
     }
 }
 
+/// Random cases of each property: sanitizers take their time.
+fn cases() -> u32 {
+    std::env::var("PROPTEST_CASES").map_or(48, |cases| cases.parse().expect("a number"))
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(48))]
+    #![proptest_config(ProptestConfig::with_cases(cases()))]
 
     #[test]
     fn orders_and_expands_as_the_host(case in case()) {

@@ -41,7 +41,9 @@ pub const OPCODE: (u32, u32) = (61, 2);
 pub const PHASE_BIT: u32 = 63;
 
 const _: () = {
-    assert!(PITCH.0 + PITCH.1 == COUNT.0 && COUNT.0 + COUNT.1 == CHANNEL.0 && CHANNEL.0 + CHANNEL.1 == NODE.0);
+    assert!(
+        PITCH.0 + PITCH.1 == COUNT.0 && COUNT.0 + COUNT.1 == CHANNEL.0 && CHANNEL.0 + CHANNEL.1 == NODE.0
+    );
     assert!(NODE.0 + NODE.1 == LANE.0 && LANE.0 + LANE.1 == OPCODE.0 && OPCODE.0 + OPCODE.1 == PHASE_BIT);
     assert!(INDEX_BITS <= PHASE_BIT);
 };
@@ -101,12 +103,16 @@ impl Command {
 
     /// The declarations in C++.
     pub(super) fn declaration() -> String {
-        let mut text = String::from("/// Lowest bit of each field of a command's first half.\nnamespace command {\n");
-        let fields = [("PITCH", PITCH), ("COUNT", COUNT), ("CHANNEL", CHANNEL), ("NODE", NODE), ("LANE", LANE)];
+        let mut text =
+            String::from("/// Lowest bit of each field of a command's first half.\nnamespace command {\n");
+        let fields =
+            [("PITCH", PITCH), ("COUNT", COUNT), ("CHANNEL", CHANNEL), ("NODE", NODE), ("LANE", LANE)];
         for (name, (at, _)) in fields.into_iter().chain([("OPCODE", OPCODE)]) {
             text += &format!("constexpr u32 {name} = {at};\n");
         }
-        text += &format!("constexpr u32 PITCH_UNIT = {PITCH_UNIT};\nconstexpr u32 PHASE_BIT = {PHASE_BIT};\n}}\n");
+        text += &format!(
+            "constexpr u32 PITCH_UNIT = {PITCH_UNIT};\nconstexpr u32 PHASE_BIT = {PHASE_BIT};\n}}\n"
+        );
         text
     }
 }

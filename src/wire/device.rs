@@ -545,7 +545,18 @@ impl WarpMap {
         let bytes = take(0, 128);
         let (stage_bytes, stages_log2) = (staging.stage_bytes as u32, staging.stages.ilog2());
         let outgoing_bytes = outgoing_bytes as u32;
-        Self { stage_bytes, stages_log2, stages, barriers, outgoing, outgoing_bytes, cursors, chosen, bytes, reserved: 0 }
+        Self {
+            stage_bytes,
+            stages_log2,
+            stages,
+            barriers,
+            outgoing,
+            outgoing_bytes,
+            cursors,
+            chosen,
+            bytes,
+            reserved: 0,
+        }
     }
 }
 

@@ -4,8 +4,8 @@
 use bytemuck::Zeroable;
 
 use super::device::{
-    COUNTS_AT, FinalRow, HandleMap, MailboxMap, PlanShared, PrivateMap, QUEUE_CAPACITY, STEP_TOKENS, SUM_BYTES, Table, WarpMap,
-    expert_words,
+    COUNTS_AT, FinalRow, HandleMap, MailboxMap, PlanShared, PrivateMap, QUEUE_CAPACITY, STEP_TOKENS,
+    SUM_BYTES, Table, WarpMap, expert_words,
 };
 use super::record::{EnterRecord, RailRecord, ReasonRecord, StartedRecord, VerdictRecord};
 use super::region::{Lane, RegionMap, WordId};
@@ -372,7 +372,8 @@ impl Params {
         self.poison = op.poison.into();
         self.num_experts = config.placement().num_experts() as u32;
         self.own_experts = config.placement().experts_of(op.rank).len() as u32;
-        let before = (0..topology.local_of(op.rank)).map(|local| topology.rank(topology.node_of(op.rank), local));
+        let before =
+            (0..topology.local_of(op.rank)).map(|local| topology.rank(topology.node_of(op.rank), local));
         self.plan_counts = PlanShared::COUNTS_AT as u32;
         self.plan_count_bytes = PlanShared::warp_bytes(config) as u32;
         self.count_own_expert = before.map(|rank| config.placement().experts_of(rank).len() as u32).sum();

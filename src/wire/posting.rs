@@ -41,18 +41,31 @@ impl Command {
             opcode::CHUNK => {
                 let first = self.index.since(Index::new(self.count as u64)) as usize;
                 let slot = (first & (maps.config.ring_slots() - 1)) * self.pitch;
-                let mirror = maps.region.ring_place(lane, channel, node - usize::from(node > own)) - maps.region.rings();
+                let mirror = maps.region.ring_place(lane, channel, node - usize::from(node > own))
+                    - maps.region.rings();
                 let source = maps.private.send_rings + mirror + slot;
                 let target = maps.region.ring(lane, channel, own, node) + slot;
                 let completion = mailbox.chunks + 8 * (channel * topology.nodes() + node);
-                (source, target, self.count * self.pitch, WordId::Tail { channel, node: own }, Some(completion))
+                (
+                    source,
+                    target,
+                    self.count * self.pitch,
+                    WordId::Tail { channel, node: own },
+                    Some(completion),
+                )
             }
             opcode::CREDIT => (0, 0, 0, WordId::Head { channel, node: own }, None),
             opcode::RAIL => {
                 let counts = if self.count > 0 { 4 * maps.region.counts().words } else { 0 };
                 let (source, target) =
                     (private.rails + node * maps.region.rail_bytes(), maps.region.rail(lane, parity, own));
-                (source, target, COUNTS_AT + counts, WordId::Rail { node: own }, Some(mailbox.rails + 8 * node))
+                (
+                    source,
+                    target,
+                    COUNTS_AT + counts,
+                    WordId::Rail { node: own },
+                    Some(mailbox.rails + 8 * node),
+                )
             }
             _ => {
                 let (target, bytes) = (maps.region.verdict(lane, parity, own), size_of::<VerdictRecord>());

@@ -2,9 +2,9 @@
 
 use bytemuck::Zeroable;
 
-use crate::config::Config;
 use super::render::{device_codes, device_struct};
 use super::shape::RecvParts;
+use crate::config::Config;
 use crate::error::{Error, Kind, Reason, Started, Tensor};
 
 device_struct! {

@@ -243,7 +243,8 @@ impl RecvLayout {
     /// Where the parts of a buffer at `offset` of a region lie in that region.
     pub fn parts_at(&self, offset: usize) -> RecvParts {
         let [x, scales, topk_idx, topk_weights, source] =
-            [self.x, self.scales, self.topk_idx, self.topk_weights, self.source].map(|at| (offset + at) as u64);
+            [self.x, self.scales, self.topk_idx, self.topk_weights, self.source]
+                .map(|at| (offset + at) as u64);
         RecvParts { x, scales, topk_idx, topk_weights, source }
     }
 }

@@ -101,7 +101,8 @@ fn functions() -> &'static Functions {
 fn build() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let library = root.join("target/shim/plain.so");
-    let changed = |path: &Path| path.metadata().and_then(|meta| meta.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
+    let changed =
+        |path: &Path| path.metadata().and_then(|meta| meta.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
     if !library.exists() || changed(&library) < newest(&root.join("kernels"), &changed) {
         let status = Command::new(root.join("kernels/shim/build")).arg("plain").status();
         assert!(status.expect("kernels/shim/build runs").success(), "the shim builds");
@@ -130,7 +131,9 @@ impl Shim {
     /// Registers memory that stays where it is as long as the shim lives; its id.
     pub fn memory(&self, rank: usize, address: u64, bytes: usize, shared: bool) -> u32 {
         // SAFETY: whoever owns the memory keeps it, see `Machine`.
-        unsafe { (functions().memory)(self.0, rank as u32, address as *mut c_void, bytes as u64, shared.into()) }
+        unsafe {
+            (functions().memory)(self.0, rank as u32, address as *mut c_void, bytes as u64, shared.into())
+        }
     }
 
     /// Queues a kernel.
@@ -141,18 +144,43 @@ impl Shim {
         let (rank, stream, blocks, threads) = (rank as u32, stream as u32, blocks as u32, 32 * warps as u32);
         // SAFETY: the name and the parameters are copied before the call returns.
         let status = unsafe {
-            (functions().launch)(self.0, rank, stream, name.as_ptr(), blocks, threads, shared as u32, params, bytes)
+            (functions().launch)(
+                self.0,
+                rank,
+                stream,
+                name.as_ptr(),
+                blocks,
+                threads,
+                shared as u32,
+                params,
+                bytes,
+            )
         };
         assert_eq!(status, 0, "{kernel} can't be launched");
     }
 
     /// # Safety
     /// `context` is what `resolve` expects, and outlives the shim.
-    pub unsafe fn proxy(&self, rank: usize, queue: (u64, usize), taken: u64, resolve: Resolve, context: *mut c_void) {
+    pub unsafe fn proxy(
+        &self,
+        rank: usize,
+        queue: (u64, usize),
+        taken: u64,
+        resolve: Resolve,
+        context: *mut c_void,
+    ) {
         let (rank, capacity) = (rank as u32, queue.1 as u64);
         // SAFETY: the caller's.
         unsafe {
-            (functions().proxy)(self.0, rank, queue.0 as *mut u64, capacity, taken as *mut u64, resolve, context)
+            (functions().proxy)(
+                self.0,
+                rank,
+                queue.0 as *mut u64,
+                capacity,
+                taken as *mut u64,
+                resolve,
+                context,
+            )
         }
     }
 

@@ -17,8 +17,8 @@ use railhop::Config;
 use railhop::error::{Kind, Reason};
 use railhop::wire::command::Command;
 use railhop::wire::device::{
-    FaultRecord, HandleMap, LaneState, MailboxMap, PlanShared, PrivateMap, QUEUE_CAPACITY, Report, Staging, WarpMap,
-    expert_places,
+    FaultRecord, HandleMap, LaneState, MailboxMap, PlanShared, PrivateMap, QUEUE_CAPACITY, Report, Staging,
+    WarpMap, expert_places,
 };
 use railhop::wire::kernel::{Addresses, Input, Maps, Operation, Params};
 use railhop::wire::record::VerdictRecord;
@@ -138,7 +138,7 @@ pub struct Machine {
     pub generation: u16,
     pub launch: Launch,
     /// What proxies know; their addresses were given away.
-    proxies: Vec<Box<Proxy>>,
+    proxies: Vec<Arc<Proxy>>,
     /// Whatever kernels may still read.
     kept: Vec<(u32, Arc<Memory>)>,
 }
@@ -170,7 +170,9 @@ unsafe extern "C" fn resolve(context: *mut c_void, _: u32, first: u64, second: u
         bytes: posting.bytes as u64,
         word: (peer + posting.word as u64) as *mut u64,
         value: posting.value.0,
-        completion: posting.completion.map_or(std::ptr::null_mut(), |at| (proxy.mailbox + at as u64) as *mut u64),
+        completion: posting
+            .completion
+            .map_or(std::ptr::null_mut(), |at| (proxy.mailbox + at as u64) as *mut u64),
         completed: posting.value.0,
     };
 }
@@ -183,9 +185,12 @@ impl Machine {
     pub fn with_options(config: &Config, options: Options) -> Self {
         let topology = config.topology();
         let (config, map) = (Arc::new(config.clone()), Arc::new(RegionMap::new(config)));
-        let shim = Shim::new(Options { ranks_per_node: topology.ranks_per_node() as u32, ..options });
+        let tsan_per_warp = u32::from(std::env::var("RAILHOP_TSAN_PER_WARP").is_ok_and(|value| value == "1"));
+        let ranks_per_node = topology.ranks_per_node() as u32;
+        let shim = Shim::new(Options { ranks_per_node, tsan_per_warp, ..options });
         let private_map = PrivateMap::new(&config, &map);
-        let mailbox_maps: Vec<_> = (0..topology.world_size()).map(|rank| MailboxMap::new(&config, rank)).collect();
+        let mailbox_maps: Vec<_> =
+            (0..topology.world_size()).map(|rank| MailboxMap::new(&config, rank)).collect();
         let regions: Vec<_> = mailbox_maps.iter().map(|_| Memory::new(map.memory.region)).collect();
         let addresses: Vec<u64> = regions.iter().map(Memory::address).collect();
         let places = expert_places(&config);
@@ -231,7 +236,7 @@ impl Machine {
             add(&device.placement, false);
             let mailbox_map = self.mailbox_maps[rank].clone();
             let (queue, taken) = (mailbox_map.queue as u64, mailbox_map.taken as u64);
-            let proxy = Box::new(Proxy {
+            let proxy = Arc::new(Proxy {
                 config: self.config.clone(),
                 map: self.map.clone(),
                 private_map: self.private_map.clone(),
@@ -242,7 +247,7 @@ impl Machine {
                 mailbox: device.mailbox.address(),
                 regions: regions.clone(),
             });
-            let context = (&raw const *proxy).cast_mut().cast();
+            let context = Arc::as_ptr(&proxy).cast_mut().cast();
             let mailbox = device.mailbox.address();
             // SAFETY: `resolve` takes a `Proxy`; the machine keeps it, and drops the shim first.
             unsafe {
@@ -363,7 +368,9 @@ impl Machine {
         let grid = Grid { blocks, warps, shared: warps * params.warp.bytes as usize };
         match kind {
             Kind::Plan => {}
-            Kind::Dispatch | Kind::PlanDispatch => self.shim.launch(rank, lane as usize, "dispatch", grid, params),
+            Kind::Dispatch | Kind::PlanDispatch => {
+                self.shim.launch(rank, lane as usize, "dispatch", grid, params)
+            }
             Kind::Combine => self.shim.launch(rank, lane as usize, "combine", grid, params),
         }
     }
