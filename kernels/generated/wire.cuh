@@ -574,9 +574,9 @@ struct Params {
     u32 count_experts;
     /// Index of the entries of the rank's first expert, from there.
     u32 count_own_expert;
-    /// i64 [tokens, topk].
+    /// `i64 [tokens, topk]`.
     u64 topk_idx;
-    /// f32 [tokens, topk].
+    /// `f32 [tokens, topk]`.
     u64 topk_weights;
     /// Rows [tokens, input_bytes].
     u64 x;
@@ -586,11 +586,11 @@ struct Params {
     u64 scale_token_stride;
     /// Elements between groups (or words of four).
     u64 scale_group_stride;
-    /// Bias of a combine, BF16 [tokens, hidden]; 0 for none.
+    /// Bias of a combine, `BF16 [tokens, hidden]`; 0 for none.
     u64 bias;
-    /// Combined rows, BF16 [tokens, hidden].
+    /// Combined rows, `BF16 [tokens, hidden]`.
     u64 out;
-    /// Combined weights, f32 [tokens, weights].
+    /// Combined weights, `f32 [tokens, weights]`.
     u64 out_weights;
     /// Rows of the buffer that peers touch.
     u64 capacity;
@@ -598,9 +598,9 @@ struct Params {
     RecvParts parts;
     /// Address of the region.
     u64 region;
-    /// Addresses of the regions of the node, u64 [ranks per node].
+    /// Addresses of the regions of the node, `u64 [ranks per node]`.
     u64 peers;
-    /// Where each expert is: `ExpertPlace` [experts].
+    /// Where each expert is: `ExpertPlace [experts]`.
     u64 placement;
     /// Offsets in a region: enter words, by (0, local).
     Table enter_words;
@@ -634,19 +634,19 @@ struct Params {
     u64 rank_state;
     /// Address of the lane's state.
     u64 lane_state;
-    /// u32 [nodes].
+    /// `u32 [nodes]`.
     u64 open;
-    /// u32 [channels, nodes].
+    /// `u32 [channels, nodes]`.
     u64 outgoing;
-    /// u32 [channels, nodes].
+    /// `u32 [channels, nodes]`.
     u64 incoming;
     /// Addresses of the rail records to send, by (0, node).
     Table rail_outbox;
     /// Address of the verdict to send.
     u64 verdict_outbox;
-    /// u32 [world, count words].
+    /// `u32 [world, count words]`.
     u64 gathered;
-    /// u32 [world].
+    /// `u32 [world]`.
     u64 agrees;
     /// Address of the command queue.
     u64 queue;
@@ -664,27 +664,27 @@ struct Params {
     u64 report_experts;
     /// Verdicts, in the report.
     u64 report_verdicts;
-    /// Completions of rail records, u64 [nodes].
+    /// Completions of rail records, `u64 [nodes]`.
     u64 rail_completions;
-    /// Completions of verdicts, u64 [nodes].
+    /// Completions of verdicts, `u64 [nodes]`.
     u64 verdict_completions;
-    /// Completions of chunks, u64 [channels, nodes].
+    /// Completions of chunks, `u64 [channels, nodes]`.
     u64 chunk_completions;
     /// The plan's state.
     u64 handle;
-    /// u32 [tokens, header words].
+    /// `u32 [tokens, header words]`.
     u64 headers;
-    /// u32 [channels, nodes].
+    /// `u32 [channels, nodes]`.
     u64 plan_sends;
-    /// u32 [nodes, channels].
+    /// `u32 [nodes, channels]`.
     u64 plan_tokens;
-    /// u32 [nodes, channels, ranks per node].
+    /// `u32 [nodes, channels, ranks per node]`.
     u64 plan_bases;
-    /// u64 [ranks per node].
+    /// `u64 [ranks per node]`.
     u64 plan_rows;
-    /// u32 [nodes, channels].
+    /// `u32 [nodes, channels]`.
     u64 plan_first;
-    /// `FinalRow` [forwarded, fan].
+    /// `FinalRow [forwarded, fan]`.
     u64 placed;
     /// Each warp's share of shared memory.
     WarpMap warp;
@@ -845,7 +845,7 @@ struct ExpertOrderParams {
     u64 received;
     /// The order made: `ExpertOrder`.
     u64 order;
-    /// u32 [E]: rows of each expert, padding excluded.
+    /// `u32 [E]`: rows of each expert, padding excluded.
     u64 counts;
     /// u32 [E + 1]: where each expert's rows start, then where the last ones end.
     u64 starts;

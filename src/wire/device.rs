@@ -231,9 +231,9 @@ pub struct PrivateMap {
     pub rank: usize,
     /// By lane.
     pub lanes: [PrivateLane; 2],
-    /// Count blocks of all source ranks, gathered from the node: [world, words].
+    /// Count blocks of all source ranks, gathered from the node: `[world, words]`.
     pub gathered: usize,
-    /// By source rank, whether its counts are believed: u32 [world].
+    /// By source rank, whether its counts are believed: `u32 [world]`.
     pub agrees: usize,
     /// Send rings: the mirror of the rings in a region, from [`RegionMap::rings`] on.
     pub send_rings: usize,
@@ -246,13 +246,13 @@ pub struct PrivateMap {
 pub struct PrivateLane {
     /// [`LaneState`].
     pub state: usize,
-    /// By node, whether the pair with that rail peer is open (E2): u32 [nodes].
+    /// By node, whether the pair with that rail peer is open (E2): `u32 [nodes]`.
     pub open: usize,
-    /// Progress of each stream out of this rank in the current operation: u32 [channels, nodes].
+    /// Progress of each stream out of this rank in the current operation: `u32 [channels, nodes]`.
     pub outgoing: usize,
-    /// Progress of each stream into this rank: u32 [channels, nodes].
+    /// Progress of each stream into this rank: `u32 [channels, nodes]`.
     pub incoming: usize,
-    /// Rail records with their counts, for each node: [nodes] of [`RegionMap::rail_bytes`].
+    /// Rail records with their counts, for each node: `[nodes]` of [`RegionMap::rail_bytes`].
     pub rails: usize,
     /// The node's verdict.
     pub verdict: usize,
@@ -313,14 +313,14 @@ pub struct MailboxLane {
     pub report: usize,
     /// Entries for each expert of this rank: u32.
     pub experts: usize,
-    /// The verdicts of all nodes: [`VerdictRecord`] [nodes].
+    /// The verdicts of all nodes: [`VerdictRecord`] `[nodes]`.
     pub verdicts: usize,
     /// Index words that the proxy writes when a put has left its source: the operation of the last rail record,
-    /// u64 [nodes].
+    /// `u64 [nodes]`.
     pub rails: usize,
-    /// The operation of the last verdict, u64 [nodes].
+    /// The operation of the last verdict, `u64 [nodes]`.
     pub sent_verdicts: usize,
-    /// The tail after the last chunk, u64 [channels, nodes].
+    /// The tail after the last chunk, `u64 [channels, nodes]`.
     pub chunks: usize,
 }
 
@@ -348,19 +348,19 @@ impl MailboxMap {
 pub struct HandleMap {
     /// [`HandleState`].
     pub state: usize,
-    /// Slot headers of the own tokens: u32 [tokens, header words].
+    /// Slot headers of the own tokens: `u32 [tokens, header words]`.
     pub headers: usize,
-    /// Tokens this rank puts, u32 [channels, nodes]; the own node's column counts what skips hop 1.
+    /// Tokens this rank puts, `u32 [channels, nodes]`; the own node's column counts what skips hop 1.
     pub sends: usize,
-    /// Tokens that come along the rail, u32 [nodes, channels].
+    /// Tokens that come along the rail, `u32 [nodes, channels]`.
     pub tokens: usize,
-    /// First row of each run, u32 [nodes, channels, ranks per node].
+    /// First row of each run, `u32 [nodes, channels, ranks per node]`.
     pub bases: usize,
-    /// Rows each local rank receives, u64 [ranks per node].
+    /// Rows each local rank receives, `u64 [ranks per node]`.
     pub rows: usize,
-    /// First token of each run among those forwarded from other nodes, u32 [nodes, channels].
+    /// First token of each run among those forwarded from other nodes, `u32 [nodes, channels]`.
     pub first: usize,
-    /// Final rows of the tokens forwarded: [`FinalRow`] [forwarded, fan].
+    /// Final rows of the tokens forwarded: [`FinalRow`] `[forwarded, fan]`.
     pub placed: usize,
     /// Tokens `placed` has room for.
     pub forwarded: usize,
@@ -515,12 +515,6 @@ impl Staging {
         let in_flight = gigabytes_per_s * latency_ns / (blocks * warps) as f64;
         let stages = (in_flight / SUM_BYTES as f64).ceil().clamp(4.0, 32.0) as usize;
         Self { stage_bytes: SUM_BYTES, stages: stages.next_power_of_two() }
-    }
-
-    /// Stages for dispatch: four, as large as `shared_bytes` of a block with `warps` warps allow, at most a row.
-    pub fn for_dispatch(shared_bytes: usize, warps: usize, row_bytes: usize) -> Self {
-        let most = (shared_bytes / warps).saturating_sub(2048) / 4 / 256 * 256;
-        Self { stage_bytes: most.min(align_up(row_bytes, 256)).max(256), stages: 4 }
     }
 }
 

@@ -126,9 +126,9 @@ device_struct! {
         /// Index of the entries of the rank's first expert, from there.
         pub count_own_expert: u32,
 
-        /// i64 [tokens, topk].
+        /// `i64 [tokens, topk]`.
         pub topk_idx: u64,
-        /// f32 [tokens, topk].
+        /// `f32 [tokens, topk]`.
         pub topk_weights: u64,
         /// Rows [tokens, input_bytes].
         pub x: u64,
@@ -138,11 +138,11 @@ device_struct! {
         pub scale_token_stride: u64,
         /// Elements between groups (or words of four).
         pub scale_group_stride: u64,
-        /// Bias of a combine, BF16 [tokens, hidden]; 0 for none.
+        /// Bias of a combine, `BF16 [tokens, hidden]`; 0 for none.
         pub bias: u64,
-        /// Combined rows, BF16 [tokens, hidden].
+        /// Combined rows, `BF16 [tokens, hidden]`.
         pub out: u64,
-        /// Combined weights, f32 [tokens, weights].
+        /// Combined weights, `f32 [tokens, weights]`.
         pub out_weights: u64,
         /// Rows of the buffer that peers touch.
         pub capacity: u64,
@@ -151,9 +151,9 @@ device_struct! {
 
         /// Address of the region.
         pub region: u64,
-        /// Addresses of the regions of the node, u64 [ranks per node].
+        /// Addresses of the regions of the node, `u64 [ranks per node]`.
         pub peers: u64,
-        /// Where each expert is: `ExpertPlace` [experts].
+        /// Where each expert is: `ExpertPlace [experts]`.
         pub placement: u64,
         /// Offsets in a region: enter words, by (0, local).
         pub enter_words: Table,
@@ -188,19 +188,19 @@ device_struct! {
         pub rank_state: u64,
         /// Address of the lane's state.
         pub lane_state: u64,
-        /// u32 [nodes].
+        /// `u32 [nodes]`.
         pub open: u64,
-        /// u32 [channels, nodes].
+        /// `u32 [channels, nodes]`.
         pub outgoing: u64,
-        /// u32 [channels, nodes].
+        /// `u32 [channels, nodes]`.
         pub incoming: u64,
         /// Addresses of the rail records to send, by (0, node).
         pub rail_outbox: Table,
         /// Address of the verdict to send.
         pub verdict_outbox: u64,
-        /// u32 [world, count words].
+        /// `u32 [world, count words]`.
         pub gathered: u64,
-        /// u32 [world].
+        /// `u32 [world]`.
         pub agrees: u64,
 
         /// Address of the command queue.
@@ -219,28 +219,28 @@ device_struct! {
         pub report_experts: u64,
         /// Verdicts, in the report.
         pub report_verdicts: u64,
-        /// Completions of rail records, u64 [nodes].
+        /// Completions of rail records, `u64 [nodes]`.
         pub rail_completions: u64,
-        /// Completions of verdicts, u64 [nodes].
+        /// Completions of verdicts, `u64 [nodes]`.
         pub verdict_completions: u64,
-        /// Completions of chunks, u64 [channels, nodes].
+        /// Completions of chunks, `u64 [channels, nodes]`.
         pub chunk_completions: u64,
 
         /// The plan's state.
         pub handle: u64,
-        /// u32 [tokens, header words].
+        /// `u32 [tokens, header words]`.
         pub headers: u64,
-        /// u32 [channels, nodes].
+        /// `u32 [channels, nodes]`.
         pub plan_sends: u64,
-        /// u32 [nodes, channels].
+        /// `u32 [nodes, channels]`.
         pub plan_tokens: u64,
-        /// u32 [nodes, channels, ranks per node].
+        /// `u32 [nodes, channels, ranks per node]`.
         pub plan_bases: u64,
-        /// u64 [ranks per node].
+        /// `u64 [ranks per node]`.
         pub plan_rows: u64,
-        /// u32 [nodes, channels].
+        /// `u32 [nodes, channels]`.
         pub plan_first: u64,
-        /// `FinalRow` [forwarded, fan].
+        /// `FinalRow [forwarded, fan]`.
         pub placed: u64,
 
         /// Each warp's share of shared memory.
@@ -274,9 +274,9 @@ pub struct Addresses {
     pub private: u64,
     /// The mailbox.
     pub mailbox: u64,
-    /// Addresses of the regions of the node, u64 [ranks per node].
+    /// Addresses of the regions of the node, `u64 [ranks per node]`.
     pub peers: u64,
-    /// `ExpertPlace` [experts].
+    /// `ExpertPlace [experts]`.
     pub placement: u64,
 }
 
@@ -310,9 +310,9 @@ pub struct Operation<'a> {
     pub shape: RowShape,
     /// Tokens of the rank.
     pub tokens: usize,
-    /// i64 [tokens, topk]; for what plans.
+    /// `i64 [tokens, topk]`; for what plans.
     pub topk_idx: u64,
-    /// f32 [tokens, topk]; for what plans.
+    /// `f32 [tokens, topk]`; for what plans.
     pub topk_weights: u64,
     /// Rows in and out.
     pub input: Input,

@@ -78,7 +78,7 @@ device_struct! {
         pub received: u64,
         /// The order made: `ExpertOrder`.
         pub order: u64,
-        /// u32 [E]: rows of each expert, padding excluded.
+        /// `u32 [E]`: rows of each expert, padding excluded.
         pub counts: u64,
         /// u32 [E + 1]: where each expert's rows start, then where the last ones end.
         pub starts: u64,

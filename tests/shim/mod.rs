@@ -17,8 +17,8 @@ use railhop::Config;
 use railhop::error::{Kind, Reason};
 use railhop::wire::command::Command;
 use railhop::wire::device::{
-    FaultRecord, HandleMap, LaneState, MailboxMap, PlanShared, PrivateMap, QUEUE_CAPACITY, Report, Staging,
-    WarpMap, expert_places,
+    FaultRecord, HandleMap, LaneState, MailboxMap, PlanShared, PrivateMap, Report, Staging, WarpMap,
+    expert_places,
 };
 use railhop::wire::kernel::{Addresses, Input, Maps, Operation, Params};
 use railhop::wire::record::VerdictRecord;
@@ -76,6 +76,9 @@ impl Memory {
         self.bytes_mut()[at..at + size_of_val(values)].copy_from_slice(bytemuck::cast_slice(values));
     }
 }
+
+/// Commands that fit a queue here: so few that queues are full now and then, and go through many laps.
+const QUEUE: usize = 8;
 
 /// How kernels are launched.
 #[derive(Debug, Clone, Copy)]
@@ -250,9 +253,7 @@ impl Machine {
             let context = Arc::as_ptr(&proxy).cast_mut().cast();
             let mailbox = device.mailbox.address();
             // SAFETY: `resolve` takes a `Proxy`; the machine keeps it, and drops the shim first.
-            unsafe {
-                self.shim.proxy(rank, (mailbox + queue, QUEUE_CAPACITY), mailbox + taken, resolve, context)
-            };
+            unsafe { self.shim.proxy(rank, (mailbox + queue, QUEUE), mailbox + taken, resolve, context) };
             self.proxies.push(proxy);
         }
     }
@@ -350,7 +351,7 @@ impl Machine {
             peers: device.peers.address(),
             placement: device.placement.address(),
         };
-        Params::new(self.maps(rank), &addresses, &operation)
+        Params { queue_capacity: QUEUE as u64, ..Params::new(self.maps(rank), &addresses, &operation) }
     }
 
     /// Queues the kernels of an operation.
