@@ -112,6 +112,7 @@
 //! which a collective [`Communicator::reset`] makes the communicators usable again.
 
 pub mod api;
+pub mod budget;
 pub mod config;
 // Not public: a hand-made operation could name memory that somebody borrows.
 mod engine;

@@ -179,6 +179,115 @@ fn dumps_that_cannot_be_written_are_one_error() {
     refused(TRACE, &["--dump", dir.path().to_str().unwrap()], 1, "step 1: ");
 }
 
+/// `railhop plan` of nodes × ranks with DeepSeek-V3's rows, and `options`.
+fn plan(world: [&str; 2], options: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_railhop"));
+    command.args(["plan", "--nodes", world[0], "--ranks-per-node", world[1]]).env_remove("RAILHOP_LOG");
+    command.args(["--hidden", "7168", "--topk", "8", "--experts", "256", "--format", "fp8"]);
+    command.args(options).output().unwrap()
+}
+
+/// The JSON object that it prints.
+fn planned(world: [&str; 2], options: &[&str]) -> Value {
+    let output = plan(world, &[options, &["--json"]].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn plans_say_what_they_chose_and_why() {
+    let output = plan(["4", "8"], &[]);
+    assert!(output.status.success() && output.stderr.is_empty());
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.lines().all(|line| line.chars().count() <= 100), "{text}");
+    let report = planned(["4", "8"], &[]);
+    let choices = report["choices"].as_object().unwrap();
+    for (name, choice) in choices {
+        let row = text.lines().find(|line| line.contains(&format!("│ {name} "))).unwrap();
+        assert!(row.contains(&format!(" {} ", choice["value"])), "{row}");
+        assert!(!choice["reason"].as_str().unwrap().is_empty() && choice["given"] == false);
+    }
+    for key in [
+        "7.267 target ranks",
+        "3.614 nodes",
+        "2.711",
+        "11.50 SMs of 16 GB/s",
+        "7504 bytes",
+        "500.0 kB in flight",
+        "83.3 MB",
+        "1.666 ms",
+        "194.4 MB",
+        "159.2 MB",
+        "3.183 ms",
+        "250.0 kB on hop 1",
+        "320.0 kB on hop 2",
+    ] {
+        assert!(text.contains(key), "no {key}: {text}");
+    }
+    let memory = &report["memory"];
+    for bytes in [&memory["region"]["bytes"], &memory["private"]["bytes"], &memory["handle"]] {
+        assert!(text.contains(&format!(" {bytes} ")), "{text}");
+    }
+}
+
+#[test]
+fn plans_are_what_the_library_derives() {
+    use railhop::budget::{Budget, Hardware, Overrides, Workload};
+    use railhop::{RowFormat, RowShape, ScaleFormat, Topology};
+
+    let report = planned(
+        ["8", "8"],
+        &["--tokens", "1000", "--scales", "ue8m0", "--node-limit", "4", "--hop1-gbs", "25", "--warps", "4"],
+    );
+    let shape = RowShape { hidden: 7168, topk: 8, format: RowFormat::Fp8(ScaleFormat::Ue8m0) };
+    let workload =
+        Workload { node_limit: Some(4), ..Workload::new(Topology::new(8, 8).unwrap(), shape, 256, 1000) };
+    let hardware = Hardware { hop1_gbs: 25.0, ..Hardware::default() };
+    let budget =
+        Budget::new(&workload, &hardware, &Overrides { warps: Some(4), ..Overrides::default() }).unwrap();
+    for choice in budget.choices() {
+        let entry = &report["choices"][choice.name];
+        assert_eq!((&entry["value"], &entry["reason"]), (&choice.value.into(), &(*choice.reason).into()));
+        assert_eq!(entry["given"], choice.name == "warps");
+    }
+    let memory = budget.config_builder().build().unwrap().memory();
+    let region = &report["memory"]["region"];
+    assert_eq!((&region["rings"], &region["bytes"]), (&memory.rings.into(), &memory.region.into()));
+    assert_eq!(report["memory"]["private"]["send_rings"], memory.rings);
+    for (value, expected) in [
+        (&report["targets_per_token"]["ranks"], budget.targets.ranks),
+        (&report["dispatch"]["speed_of_light_ms"], budget.dispatch.light_seconds * 1e3),
+    ] {
+        assert!((value.as_f64().unwrap() / expected - 1.0).abs() < 1e-12);
+    }
+    assert_eq!(report["combine"]["hop2"]["bytes"], budget.combine.hop2.bytes.round() as u64);
+    assert_eq!(report["bytes_in_flight"], serde_json::json!({ "hop1": 125_000, "hop2": 320_000 }));
+    let alone = planned(["1", "1"], &[]);
+    assert_eq!(
+        (&alone["dispatch"]["hop1"]["bytes"], &alone["combine"]["hop2"]["bytes"]),
+        (&0.into(), &0.into())
+    );
+}
+
+#[test]
+fn plans_that_cannot_work_name_the_field() {
+    let refused = |options: &[&str], code: i32, cause: &str| {
+        let output = plan(["4", "8"], options);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((output.status.code(), stderr.lines().count()), (Some(code), 1), "{stderr}");
+        assert!(output.stdout.is_empty() && stderr.contains(cause), "{stderr:?} has no {cause:?}");
+    };
+    refused(&["--blocks", "133"], 1, "blocks = 133: a block takes an SM, and there are 132; 132 would work");
+    refused(&["--ring-slots", "12"], 1, "ring_slots = 12");
+    refused(&["--chunk-tokens", "12", "--ring-slots", "8"], 1, "ring_slots = 8");
+    refused(&["--shared-bytes", "3000"], 1, "shared_bytes = 3000");
+    refused(&["--tokens", "0"], 1, "tokens = 0");
+    refused(&["--node-limit", "0"], 1, "node_limit = 0");
+    refused(&["--hop1-gbs", "0"], 1, "hop1_gbs = 0");
+    refused(&["--sm-gbs=-1"], 1, "sm_gbs");
+    refused(&["--hop2-gbs", "fast"], 2, "--hop2-gbs");
+}
+
 #[test]
 fn usage_errors_are_one_line() {
     for arguments in [&[][..], &["replay"], &["replay", TRACE, "--dtype", "fp4"], &["unpack"]] {

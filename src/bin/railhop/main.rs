@@ -3,6 +3,7 @@
 mod bench;
 mod meeting;
 mod options;
+mod plan;
 mod replay;
 
 use std::error::Error;
@@ -27,6 +28,8 @@ enum Command {
     Replay(replay::ReplayArgs),
     /// Measures plan, dispatch and combine on uniform random routing
     Bench(bench::BenchArgs),
+    /// Derives the budget of a world (blocks, channels, chunks, rings) from its rows and its machine, with reasons
+    Plan(plan::PlanArgs),
 }
 
 impl Command {
@@ -34,6 +37,7 @@ impl Command {
         match self {
             Self::Replay(args) => replay::run(args),
             Self::Bench(args) => bench::run(args),
+            Self::Plan(args) => plan::run(args),
         }
     }
 }

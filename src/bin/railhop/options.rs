@@ -9,7 +9,7 @@ use railhop::{ConfigBuilder, RowFormat, ScaleFormat};
 #[derive(Debug, Clone, Copy, clap::Args)]
 pub struct Format {
     /// Element type of dispatched rows
-    #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
+    #[arg(long, visible_alias = "format", value_enum, default_value_t = Dtype::Bf16)]
     dtype: Dtype,
     /// Scales of FP8 rows
     #[arg(long, value_enum, default_value_t = Scales::F32)]
