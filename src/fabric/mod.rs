@@ -3,11 +3,16 @@
 //! - [`memory`]: one mapped region per rank.
 //! - [`local`]: ranks are threads of one process.
 //! - [`doorbell`]: how a fabric wakes the engine.
+//! - [`rail`]: what carries the puts and signals of ranks on a device, over [`mapped`] memory.
+//! - [`proxy`]: drains the queue of commands that such a rank's kernels fill, into its rail.
 //! - [`sim`]: a seeded simulator with delay, reordering and loss, for tests.
 
 pub mod doorbell;
 pub mod local;
+pub mod mapped;
 pub mod memory;
+pub mod proxy;
+pub mod rail;
 pub mod sim;
 
 /// Carries what crosses ranks. The contract is one sentence: *an index becomes visible only after the data

@@ -1,0 +1,79 @@
+//! What carries the postings of device ranks along the rail, asynchronous by nature.
+//!
+//! - [`LocalRail`]: ranks of one process, whose memories the host can address.
+//! - [`NullRail`]: builds what a NIC would be given and carries nothing, to measure what posting costs.
+
+mod local;
+mod null;
+
+pub use local::LocalRail;
+pub use null::{NullRail, WorkRequest, work};
+
+use crate::wire::posting::Posting;
+use crate::wire::word::Word;
+
+/// Carries what one rank's kernels ask for. The contract is one sentence: *a signal becomes visible at the
+/// peer only after the data posted before it on the same queue to the same peer*; nothing is promised between
+/// queues or peers.
+///
+/// A completion says that the data has been read at home: its source may be written again. It says nothing
+/// about the peer. Completions of one queue and peer come in the order of posting, for the index of a later
+/// one covers the earlier ones. Postings without data have none.
+pub trait Rail: Send {
+    /// Takes postings from the front of `postings`, in order, and returns how many: fewer than all where
+    /// there is no room now. Room comes by [`Rail::poll`] alone, whatever the peers' software does.
+    ///
+    /// # Errors
+    /// The rail can't carry a posting, or is broken. What becomes of postings taken earlier is not known.
+    fn post(&mut self, postings: &[Posting]) -> Result<usize, RailError>;
+
+    /// Moves what is under way, without waiting; appends the completions that have come.
+    ///
+    /// # Errors
+    /// The rail is broken.
+    fn poll(&mut self, completions: &mut Vec<Completion>) -> Result<(), RailError>;
+
+    /// Whether nothing is under way: every posting has left its source.
+    fn is_idle(&self) -> bool;
+}
+
+/// The data of a posting has left its source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Completion {
+    /// [`Posting::completion`].
+    pub offset: usize,
+    /// [`Posting::value`].
+    pub value: Word,
+}
+
+impl Completion {
+    /// The completion of `posting`, if it has one.
+    pub fn of(posting: &Posting) -> Option<Self> {
+        posting.completion.map(|offset| Self { offset, value: posting.value })
+    }
+}
+
+/// Why a rail carries no more.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RailError {
+    /// A posting names what is not there.
+    #[error("{what} of a posting to rank {peer}: {bytes} bytes at {offset} are outside its memory")]
+    OutOfRange {
+        /// Which part of the posting.
+        what: &'static str,
+        /// Its peer.
+        peer: usize,
+        /// The offset.
+        offset: usize,
+        /// The size.
+        bytes: usize,
+    },
+    /// What connects this rank to a peer has failed.
+    #[error("the rail to rank {peer} is broken: {reason}")]
+    Broken {
+        /// The peer.
+        peer: usize,
+        /// What the transport says.
+        reason: String,
+    },
+}
