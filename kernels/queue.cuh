@@ -14,7 +14,8 @@ struct Command {
     u64 index;
 };
 
-/// Pushes a command, by one thread. Does nothing once the rank is stopped.
+/// Pushes a command, by one thread. Does nothing once the rank is stopped. It may wait for room: the proxy, which
+/// waits for no kernel, makes it, so no ring's progress depends on another's here.
 DEV void push(const Params& p, u32 role, const Command& c) {
     using namespace command;
     const u64 place = ptx::atom_add_relaxed_gpu(&at<RankState>(p.rank_state)->commands, 1);

@@ -18,8 +18,8 @@ use railhop::wire::record::VerdictRecord;
 use railhop::wire::region::{Lane, WordId};
 use railhop::wire::shape::RecvLayout;
 use railhop::{
-    Combine, Combined, Config, Dispatched, Error, Fp8Tokens, Handle, RecvBuffer, RowFormat, RowShape,
-    ScaleData, ScaleFormat, ScaleOrder, Scales,
+    Combine, Combined, Config, Dispatched, Error, ExpertPlacement, Fp8Tokens, Handle, RecvBuffer, RowFormat,
+    RowShape, ScaleData, ScaleFormat, ScaleOrder, Scales,
 };
 use shim::{Launch, Machine, Options, Plan, Start, Traffic};
 
@@ -391,8 +391,16 @@ fn random_config(random: &mut Random) -> Config {
     let ranks = (1 + random.below(most / nodes)).max(4usize.div_ceil(nodes));
     let (slots_log2, experts) = (random.below(3), nodes * ranks + random.below(2 * nodes * ranks));
     let slots = if random.one_in(2) { 1 } else { 1 << slots_log2 };
-    let config = config(nodes, ranks).experts(experts).channels(1 + random.below(3)).ring_slots(slots);
-    let config = config.chunk_tokens(1 + random.below(slots)).max_topk(8).max_hidden(1536);
+    let placement = match random.one_in(3) {
+        // Some ranks may own no expert, and experts of a rank need not be neighbours.
+        true => {
+            let owners: Vec<_> = (0..experts).map(|_| random.below(nodes * ranks)).collect();
+            ExpertPlacement::table(&owners, nodes * ranks).unwrap()
+        }
+        false => ExpertPlacement::contiguous(experts, nodes * ranks),
+    };
+    let config = config(nodes, ranks).placement(placement).channels(1 + random.below(3)).ring_slots(slots);
+    let config = config.chunk_tokens(1 + random.below(slots)).max_topk(32).max_hidden(1536);
     config.first_index((1 << 48) - 1 - random.below(8) as u64).build().unwrap()
 }
 
@@ -405,7 +413,8 @@ fn random_launch(random: &mut Random) -> Launch {
 /// Rows that now and then go to one expert only, or nowhere, or from some ranks only.
 fn random_case(config: &Config, random: &mut Random) -> Case {
     let format = FORMATS[random.below(3)];
-    let shape = RowShape { hidden: 16 * (1 + random.below(96)), topk: 1 + random.below(8), format };
+    let most_topk = if random.one_in(6) { 32 } else { 8 };
+    let shape = RowShape { hidden: 16 * (1 + random.below(96)), topk: 1 + random.below(most_topk), format };
     let mut case = Case::random(config, shape, 10, random.next());
     let special = random.below(8);
     for (rank, tokens) in case.ranks.iter_mut().enumerate() {
@@ -459,6 +468,19 @@ fn cycles_of_full_rings_turn() {
             .unwrap();
         let case = Case::regular(&config, RowShape { hidden: 64, topk: 8, format: RowFormat::Bf16 }, 12);
         let mut machine = Machine::new(&config, seed);
+        machine.launch = Launch { blocks: 1, warps: 2, ..Launch::default() };
+        check_case(&mut machine, &case, &Expected::new(&case, Style::default()));
+    }
+}
+
+/// Nodes and local ranks are taken by lanes, 32 at a time.
+#[test]
+fn more_nodes_and_ranks_than_lanes() {
+    for (nodes, ranks) in [(34, 1), (1, 40)] {
+        let config = config(nodes, ranks).ring_slots(2).chunk_tokens(2).pool_bytes(1 << 20).build().unwrap();
+        let shape = RowShape { hidden: 32, topk: 8, format: RowFormat::Fp8(ScaleFormat::F32) };
+        let case = Case::random(&config, shape, 3, 4);
+        let mut machine = Machine::new(&config, 1);
         machine.launch = Launch { blocks: 1, warps: 2, ..Launch::default() };
         check_case(&mut machine, &case, &Expected::new(&case, Style::default()));
     }
