@@ -81,6 +81,9 @@ impl<X> From<Dispatched<X>> for Received {
 struct Style {
     bias: bool,
     with_weights: bool,
+    /// The experts' outputs are of very different magnitudes: sums of a few BF16 values of like ones are exact in f32,
+    /// and show no order.
+    wide: bool,
     /// The rows come as E4M3, where the case is FP8; whether their scales are column-major.
     ready: Option<bool>,
 }
@@ -88,7 +91,8 @@ struct Style {
 impl Style {
     fn random(random: &mut Random) -> Self {
         let ready = random.one_in(2).then(|| random.one_in(2));
-        Self { bias: random.one_in(2), with_weights: random.one_in(2), ready }
+        let (bias, with_weights, wide) = (random.one_in(2), random.one_in(2), random.one_in(2));
+        Self { bias, with_weights, wide, ready }
     }
 }
 
@@ -105,7 +109,7 @@ struct Expected {
 }
 
 impl Expected {
-    fn new(case: &Case, Style { bias, with_weights, ready }: Style) -> Self {
+    fn new(case: &Case, Style { bias, with_weights, wide, ready }: Style) -> Self {
         let mut ranks = Ranks::new(&case.config);
         let handles = ranks.plan(case);
         let ready = match (case.shape.format, ready) {
@@ -125,10 +129,14 @@ impl Expected {
                 received.into_iter().map(Received::from).collect()
             }
         };
-        let outputs = ranks.each(|comm| case.experts(comm, &received[comm.rank()].buffer));
+        let mut outputs = ranks.each(|comm| case.experts(comm, &received[comm.rank()].buffer));
+        let mut random = Random(7);
+        for output in outputs.iter_mut().filter(|_| wide).flat_map(|y| y.bf16_mut()) {
+            let exponent = 127 - 20 + random.below(40) as u16;
+            *output = bf16::from_bits(exponent << 7 | random.next() as u16 & 0x807F);
+        }
         let copies = outputs.iter().map(|y| y.bf16().to_vec()).collect();
         let most = case.ranks.iter().map(|rank| rank.x.len()).max().unwrap_or(0);
-        let mut random = Random(7);
         let bias: Option<Arc<[bf16]>> = bias.then(|| (0..most).map(|_| random.element()).collect());
         let inputs = outputs.into_iter().enumerate().map(|(rank, mut y)| {
             if with_weights {
@@ -350,7 +358,7 @@ fn replay(trace: &Trace, (nodes, ranks): (usize, usize), format: RowFormat) {
             x: rank.x.into_owned().into(),
         };
         let case = Case { config: config.clone(), shape, ranks: ranks.into_iter().map(owned).collect() };
-        let expected = Expected::new(&case, Style::default());
+        let expected = Expected::new(&case, Style { with_weights: true, ..Style::default() });
         check_case(&mut machine, &case, &expected);
     }
 }
