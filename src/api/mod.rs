@@ -11,5 +11,5 @@ pub use buffer::{RecvBuffer, Source};
 pub use communicator::{Communicator, Handle};
 pub use expert_major::{ExpertMajor, ExpertMajorError, ScaleRows};
 pub use input::{Combine, ExpertOutputs, Fp8Tokens, Routing, Rows, ScaleData, ScaleOrder, Scales, Tokens};
-pub use pending::{Combined, Dispatched, Failed, Pending};
+pub use pending::{Combined, Dispatched, Failed, Operation, Pending};
 pub use world::LocalWorld;
