@@ -5,7 +5,7 @@
 //! - A *handle* holds one plan.
 //! - Each warp's share of *shared memory* is laid out by [`WarpMap`].
 
-use super::record::{CountBlock, EnterRecord, RailRecord, ReasonRecord, VerdictRecord};
+use super::record::{EnterRecord, RailRecord, ReasonRecord, VerdictRecord};
 use super::region::{LANES, Lane, RegionMap};
 use super::render::{device_codes, device_struct};
 use super::shape::{RowShape, header_words};
@@ -559,7 +559,42 @@ pub const COUNTS_AT: usize = size_of::<RailRecord>();
 
 const _: () = assert!(size_of::<LaneState>().is_multiple_of(8) && COUNTS_AT.is_multiple_of(4));
 
-/// What the expert part of a node's count block holds at most, and where it starts.
-pub fn expert_words(counts: &CountBlock) -> (usize, usize) {
-    (counts.experts(), counts.words - counts.experts())
+#[cfg(test)]
+mod tests {
+    use super::super::region::WordId;
+    use super::*;
+    use crate::topology::Topology;
+
+    #[test]
+    fn tables_are_the_maps() {
+        let config = Config::builder(Topology::new(3, 5).unwrap()).experts(20).channels(4).pool_bytes(64);
+        let map = RegionMap::new(&config.build().unwrap());
+        type Id = fn(usize, usize) -> WordId;
+        let ids: [(Id, usize, usize); 9] = [
+            (|_, local| WordId::Enter { local }, 1, 5),
+            (|_, local| WordId::Gathered { local }, 1, 5),
+            (|_, node| WordId::Rail { node }, 1, 3),
+            (|_, node| WordId::Verdict { node }, 1, 3),
+            (|channel, local| WordId::Done { local, channel }, 4, 5),
+            (|channel, node| WordId::Tail { channel, node }, 4, 3),
+            (|channel, node| WordId::Head { channel, node }, 4, 3),
+            (|channel, node| WordId::Sent { channel, node }, 4, 3),
+            (|channel, node| WordId::Taken { channel, node }, 4, 3),
+        ];
+        let check = |place: &dyn Fn(usize, usize) -> usize, outers: usize, inners: usize| {
+            let table = Table::of(place);
+            for (i, j) in (0..outers).flat_map(|i| (0..inners).map(move |j| (i, j))) {
+                assert_eq!(table.at + i as u64 * table.outer + j as u64 * table.inner, place(i, j) as u64);
+            }
+        };
+        for lane in LANES {
+            for (id, outers, inners) in ids {
+                check(&|i, j| map.word(lane, id(i, j)), outers, inners);
+            }
+            check(&|parity, local| map.enter(lane, parity, local), 2, 5);
+            check(&|parity, node| map.rail(lane, parity, node), 2, 3);
+            check(&|parity, node| map.verdict(lane, parity, node), 2, 3);
+            check(&|channel, peer| map.ring_place(lane, channel, peer), 4, 2);
+        }
+    }
 }

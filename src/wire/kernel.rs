@@ -5,7 +5,7 @@ use bytemuck::Zeroable;
 
 use super::device::{
     COUNTS_AT, FinalRow, HandleMap, MailboxMap, PlanShared, PrivateMap, QUEUE_CAPACITY, STEP_TOKENS,
-    SUM_BYTES, Table, WarpMap, expert_words,
+    SUM_BYTES, Table, WarpMap,
 };
 use super::record::{EnterRecord, RailRecord, ReasonRecord, StartedRecord, VerdictRecord};
 use super::region::{Lane, RegionMap, WordId};
@@ -405,7 +405,7 @@ impl Params {
         self.count_words = counts.words as u32;
         self.count_tokens = counts.tokens(0) as u32;
         self.count_channel = (counts.tokens(1) - counts.tokens(0)) as u32;
-        self.count_experts = expert_words(counts).0 as u32;
+        self.count_experts = counts.experts() as u32;
     }
 
     fn set_input(&mut self, op: &Operation<'_>) {
@@ -481,6 +481,11 @@ impl Params {
         self.placed = address(map.placed);
     }
 }
+
+const _: () = {
+    assert!(kind::PLAN == Kind::Plan as u32 && kind::DISPATCH == Kind::Dispatch as u32);
+    assert!(kind::PLAN_DISPATCH == Kind::PlanDispatch as u32 && kind::COMBINE == Kind::Combine as u32);
+};
 
 /// `kernels/generated/wire.cuh`: what kernels know of this module.
 pub fn header() -> String {
