@@ -1,4 +1,5 @@
 //! The kernels on the CPU shim against the host engine: the same bits, on recorded routing and on random worlds.
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))] // What the shim runs on.
 
 mod common;
 mod shim;

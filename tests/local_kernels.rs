@@ -1,6 +1,7 @@
 //! The kernels of one rank against the host's code, bit for bit: their arithmetic by itself, then each kernel as
 //! lanes of the shim.
 #![allow(unsafe_code, reason = "calls of compiled C++")]
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))] // What the shim runs on.
 
 mod common;
 mod shim;
