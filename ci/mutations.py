@@ -31,12 +31,18 @@ def plant(mutation, folder):
     path.write_text(text.replace(mutation["old"], mutation["new"]))
 
 
+def runtime(name):
+    """The path of a library that belongs to the compiler."""
+    compiler = os.environ.get("CXX", "g++")
+    return subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def environment(flavour, library):
     """What the test program needs to run on a flavour of the shim."""
-    extra = {"RAILHOP_SHIM": str(library), "RAILHOP_SEEDS": "6" if flavour == "plain" else "2", "RUST_BACKTRACE": "0"}
+    extra = {"RAILHOP_SHIM": str(library), "RAILHOP_SEEDS": "6" if flavour == "plain" else "3", "RUST_BACKTRACE": "0"}
     if flavour == "tsan":
         extra |= {
-            "LD_PRELOAD": "libtsan.so.2",
+            "LD_PRELOAD": runtime("libtsan.so"),
             "TSAN_OPTIONS": "exitcode=66 halt_on_error=1 ignore_noninstrumented_modules=1",
             "RAILHOP_TSAN_PER_WARP": "0",
             "RAILHOP_MOST_RANKS": "4",
