@@ -54,6 +54,29 @@ DEV bool same_start(const StartedRecord& a, const StartedRecord& b) {
            a.topk == b.topk && a.format == b.format;
 }
 
+// ---- tokens
+
+/// A share of the rank's tokens: they are split into contiguous shares of sizes that differ by one at most.
+struct TokenRange {
+    u32 first;
+    u32 count;
+
+    /// The `part`th of `parts` shares.
+    DEV TokenRange(const Params& p, u32 part, u32 parts)
+        : first((u32)((u64)p.tokens * part / parts)), count((u32)((u64)p.tokens * (part + 1) / parts) - first) {}
+
+    /// The tokens of a channel.
+    DEV static TokenRange of_channel(const Params& p, u32 channel) { return TokenRange(p, channel, p.channels); }
+};
+
+/// The channel that owns a token of the rank: the last whose range starts at or before it.
+DEV u32 channel_of(const Params& p, u32 token) { return (u32)((((u64)token + 1) * p.channels - 1) / p.tokens); }
+
+/// Tokens that come along the rail from a node by a channel; none while the pair is not open.
+DEV u32 run_tokens(const Params& p, u32 node, u32 channel) {
+    return at<u32>(p.open)[node] != 0 ? at<u32>(p.plan_tokens)[node * p.channels + channel] : 0;
+}
+
 // ---- warps
 
 /// A warp: its lane here, its place in the block and in the grid, its share of shared memory.
@@ -75,6 +98,15 @@ struct Warp {
 DEV u64 broadcast(u64 v, u32 lane) {
     const u32 low = ptx::shfl_sync_idx(ptx::ALL, (u32)v, lane);
     return (u64)ptx::shfl_sync_idx(ptx::ALL, (u32)(v >> 32), lane) << 32 | low;
+}
+
+/// The sum of the values of this lane and of those below. By all lanes.
+DEV u32 sum_up_to(u32 lane, u32 v) {
+    for (u32 delta = 1; delta < WARP; delta *= 2) {
+        const u32 below = ptx::shfl_sync_up(ptx::ALL, v, delta);
+        if (lane >= delta) v += below;
+    }
+    return v;
 }
 
 /// The lanes below.

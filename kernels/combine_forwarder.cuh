@@ -24,7 +24,7 @@ public:
     DEV Step step(u32 channel_number, u32 home_node, Wait& wait) {
         channel = channel_number;
         home = home_node;
-        const u32 total = at<u32>(p.open)[home] != 0 ? at<u32>(p.plan_tokens)[home * p.channels + channel] : 0;
+        const u32 total = run_tokens(p, home, channel);
         u32& progress = at<u32>(p.outgoing)[channel * p.nodes + home];
         done = progress;
         if (done == total) return Step::Done;

@@ -31,8 +31,8 @@ public:
     DEV void count(u32 channel) {
         for (u32 i = lane; i < p.nodes * (p.ranks_per_node + 1); i += WARP) rows[i] = 0;
         ptx::bar_warp_sync();
-        const u32 end = (u32)((u64)p.tokens * (channel + 1) / p.channels);
-        for (u32 token = (u32)((u64)p.tokens * channel / p.channels); token < end; token++) count_token(token);
+        const TokenRange range = TokenRange::of_channel(p, channel);
+        for (u32 i = 0; i < range.count; i++) count_token(range.first + i);
         for (u32 rank = lane; rank < p.nodes * p.ranks_per_node; rank += WARP) {
             const u32 node = rank / p.ranks_per_node;
             counts_for(p, node)[rows_entry(p, channel, rank % p.ranks_per_node)] = rows[rank];

@@ -30,12 +30,12 @@ public:
     DEV Step step(u32 channel_number, u32 from, Wait& wait) {
         channel = channel_number;
         node = from;
-        const u32 total = at<u32>(p.open)[node] != 0 ? at<u32>(p.plan_tokens)[node * p.channels + channel] : 0;
+        const u32 total = run_tokens(p, node, channel);
         u32& progress = at<u32>(p.incoming)[channel * p.nodes + node];
         forwarded = progress;
         if (forwarded == total) return Step::Done;
         const u64 taken = taken_index(p, channel, node);
-        u32 count = smaller(arrived(taken, wait), smaller(p.chunk, total - forwarded));
+        const u32 count = smaller(arrived(taken, wait), smaller(p.chunk, total - forwarded));
         if (count == 0) return Step::Blocked;
         cursor = (u32)taken;
         if (at<LaneState>(p.lane_state)->node_good) {
@@ -90,11 +90,8 @@ private:
 };
 
 /// Forwards tokens of the rank's own that its node wants; they skip hop 1. Any warp may take any token.
-class OwnForwarder {
-    const Params& p;
-    const Warp& warp;
+class OwnForwarder : public OwnTokens {
     Pipe& pipe;
-    Chosen* chosen;
     u32 parity;
     u32 next;
     u32 end;
@@ -102,13 +99,10 @@ class OwnForwarder {
 public:
     /// The `part`th of `parts` shares of the tokens.
     DEV OwnForwarder(const Params& params, const Warp& w, Pipe& stages, u32 part, u32 parts)
-        : p(params),
-          warp(w),
-          pipe(stages),
-          chosen(reinterpret_cast<Chosen*>(w.shared + p.warp.chosen)),
-          parity(at<LaneState>(p.lane_state)->turn & 1),
-          next((u32)((u64)p.tokens * part / parts)),
-          end((u32)((u64)p.tokens * (part + 1) / parts)) {
+        : OwnTokens(params, w), pipe(stages), parity(at<LaneState>(p.lane_state)->turn & 1) {
+        const TokenRange share(p, part, parts);
+        next = share.first;
+        end = share.first + share.count;
         if (!at<LaneState>(p.lane_state)->node_good || at<u32>(p.open)[p.node] == 0) next = end;
     }
 
@@ -127,22 +121,11 @@ public:
         return Step::Moved;
     }
 
-    // ---- the step's tokens, for the mover
-
-    DEV bool encoded() const { return false; }
-    DEV const u8* source(u32 i) const { return at<u8>(p.x) + (u64)chosen[i].token * p.input_bytes; }
-    DEV void scales(u32 i, u8* row) const { gather_scales(p, warp.lane, chosen[i].token, row); }
-
     DEV Target begin(u32 i) {
         const u32 token = chosen[i].token;
         const u32* header = header_of(p, token);
         const Wanted wanted(p, header, bases_of(p, p.node, channel_of(p, token)), warp.lane);
         return place_token(p, warp, parity, header, wanted, own_rank(p));
-    }
-
-    /// The channel that owns a token of the rank: the last whose range starts at or before it.
-    DEV static u32 channel_of(const Params& p, u32 token) {
-        return (u32)((((u64)token + 1) * p.channels - 1) / p.tokens);
     }
 };
 

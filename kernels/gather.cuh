@@ -53,7 +53,7 @@ public:
             const bool is_own = run / p.channels == p.node;
             const u32 tokens = run < runs ? at<u32>(p.plan_tokens)[run] : 0;
             const u32 foreign = is_own ? 0 : tokens;
-            const u32 end = forwarded + inclusive_sum(foreign);
+            const u32 end = forwarded + sum_up_to(lane, foreign);
             if (run < runs) at<u32>(p.plan_first)[run] = end - foreign;
             forwarded = ptx::shfl_sync_idx(ptx::ALL, end, WARP - 1);
             own += is_own ? tokens : 0;
@@ -73,14 +73,6 @@ private:
     DEV bool agrees(u32 source) const { return at<u32>(p.agrees)[source] != 0; }
     DEV u32 count(u32 source, u32 entry) const { return agrees(source) ? block(source)[entry] : 0; }
 
-    DEV u32 inclusive_sum(u32 v) const {
-        for (u32 delta = 1; delta < WARP; delta *= 2) {
-            const u32 below = ptx::shfl_sync_up(ptx::ALL, v, delta);
-            if (lane >= delta) v += below;
-        }
-        return v;
-    }
-
     /// All runs for one local rank, by one warp.
     DEV void sum_rows(u32 local) const {
         const u32 runs = p.nodes * p.ranks_per_node * p.channels;
@@ -88,7 +80,7 @@ private:
         for (u32 first = 0; first < runs; first += WARP) {
             const u32 run = first + lane, source = run / p.channels, channel = run % p.channels;
             const u32 own = run < runs ? count(source, rows_entry(p, channel, local)) : 0;
-            const u32 end = rows + inclusive_sum(own);
+            const u32 end = rows + sum_up_to(lane, own);
             if (run < runs && source % p.ranks_per_node == p.local) {
                 const u32 on_rail = source / p.ranks_per_node * p.channels + channel;
                 at<u32>(p.plan_bases)[on_rail * p.ranks_per_node + local] = end - own;

@@ -88,15 +88,6 @@ DEV void add_counts(const ExpertOrderParams& p) {
     }
 }
 
-/// The sum of the values of this lane and of those below.
-DEV u32 sum_up_to(u32 lane, u32 v) {
-    for (u32 delta = 1; delta < WARP; delta *= 2) {
-        const u32 below = ptx::shfl_sync_up(ptx::ALL, v, delta);
-        if (lane >= delta) v += below;
-    }
-    return v;
-}
-
 /// Where each expert's rows start, by one warp; returns where the last ones end.
 DEV u32 lay_out_experts(const ExpertOrderParams& p, u32 lane) {
     const u32* counts = at<u32>(p.counts);

@@ -12,8 +12,7 @@ class Reducer {
     NodeCursor* cursors;
     u32 parity;
     /// Without rings: the warp's share of the tokens, and how many of them are done.
-    u32 share_first;
-    u32 share_count;
+    TokenRange share;
     u32 share_done = 0;
     u32 channel = 0;
     u32 token = 0;
@@ -26,18 +25,17 @@ public:
           pipe(stages),
           cursors(reinterpret_cast<NodeCursor*>(w.shared + p.warp.cursors)),
           parity(at<LaneState>(p.lane_state)->turn & 1),
-          share_first((u32)((u64)p.tokens * part / parts)),
-          share_count((u32)((u64)p.tokens * (part + 1) / parts) - share_first) {}
+          share(p, part, parts) {}
 
     /// Reduces what has come of a channel, at most a chunk; without rings, all of the warp's share.
     DEV Step step(u32 channel_number, Wait& wait) {
         channel = channel_number;
         const bool rings = p.nodes > 1;
-        const ChannelTokens range(p, channel);
+        const TokenRange range = rings ? TokenRange::of_channel(p, channel) : share;
         u32& progress = at<u32>(p.incoming)[channel * p.nodes + p.node];
         const u32 done = rings ? progress : share_done;
-        token = (rings ? range.first : share_first) + done;
-        const u32 left = (rings ? range.count : share_count) - done;
+        token = range.first + done;
+        const u32 left = range.count - done;
         if (left == 0) return Step::Done;
         open_rings();
         const u32 count = rings ? choose(smaller(p.chunk, left), wait) : left;
@@ -95,7 +93,7 @@ private:
 
         DEV Part(const Reducer& r, u32 i)
             : wanted(r.p, header_of(r.p, r.token + i),
-                     bases_of(r.p, r.p.node, OwnForwarder::channel_of(r.p, r.token + i)), r.warp.lane),
+                     bases_of(r.p, r.p.node, channel_of(r.p, r.token + i)), r.warp.lane),
               node(node_of_entry(r.p, header_of(r.p, r.token + i), r.warp.lane)) {
             const u32 same = ptx::match_any_sync(ptx::ALL, node);
             is_own = wanted.leads;

@@ -9,16 +9,6 @@
 
 namespace railhop {
 
-/// The tokens of one channel: a contiguous range of the rank's.
-struct ChannelTokens {
-    u32 first;
-    u32 count;
-
-    DEV ChannelTokens(const Params& p, u32 channel)
-        : first((u32)((u64)p.tokens * channel / p.channels)),
-          count((u32)((u64)p.tokens * (channel + 1) / p.channels) - first) {}
-};
-
 DEV const u32* header_of(const Params& p, u32 token) { return at<u32>(p.headers) + (u64)token * p.header_words; }
 
 /// The node of entry `lane` of a header, `NONE` where the entry is masked or there is none.
@@ -28,37 +18,38 @@ DEV u32 node_of_entry(const Params& p, const u32* header, u32 lane) {
     return expert < 0 ? NONE : at<ExpertPlace>(p.placement)[expert].node;
 }
 
-class Sender {
+/// A step's tokens that come from the own input, as a mover asks for them.
+struct OwnTokens {
     const Params& p;
     const Warp& warp;
+    Chosen* chosen;
+
+    DEV OwnTokens(const Params& params, const Warp& w)
+        : p(params), warp(w), chosen(reinterpret_cast<Chosen*>(w.shared + p.warp.chosen)) {}
+
+    DEV bool encoded() const { return false; }
+    DEV const u8* source(u32 i) const { return at<u8>(p.x) + (u64)chosen[i].token * p.input_bytes; }
+    DEV void scales(u32 i, u8* row) const { gather_scales(p, warp.lane, chosen[i].token, row); }
+};
+
+class Sender : public OwnTokens {
     Pipe& pipe;
     NodeCursor* cursors;
-    Chosen* chosen;
     u32 channel = 0;
 
 public:
     DEV Sender(const Params& params, const Warp& w, Pipe& stages)
-        : p(params),
-          warp(w),
-          pipe(stages),
-          cursors(reinterpret_cast<NodeCursor*>(w.shared + p.warp.cursors)),
-          chosen(reinterpret_cast<Chosen*>(w.shared + p.warp.chosen)) {}
+        : OwnTokens(params, w), pipe(stages), cursors(reinterpret_cast<NodeCursor*>(w.shared + p.warp.cursors)) {}
 
     /// Sends at most a chunk to each node; what happened, for all lanes.
     DEV Step step(u32 channel_number, Wait& wait) {
         channel = channel_number;
-        const ChannelTokens range(p, channel);
+        const TokenRange range = TokenRange::of_channel(p, channel);
         open_rings(range);
         const u32 count = choose(range);
         Mover<Sender>(p, warp, pipe, *this, role::SENDER).run(count);
         return close_rings(range, count, wait);
     }
-
-    // ---- the step's tokens, for the mover
-
-    DEV bool encoded() const { return false; }
-    DEV const u8* source(u32 i) const { return at<u8>(p.x) + (u64)chosen[i].token * p.input_bytes; }
-    DEV void scales(u32 i, u8* row) const { gather_scales(p, warp.lane, chosen[i].token, row); }
 
     /// The header goes to every target; it lies in the plan as it lies in slots.
     DEV Target begin(u32 i) {
@@ -85,7 +76,7 @@ private:
     DEV u32& progress(u32 node) const { return at<u32>(p.outgoing)[channel * p.nodes + node]; }
 
     /// A node takes part while its pair is open and it has not seen all of the channel.
-    DEV void open_rings(const ChannelTokens& range) {
+    DEV void open_rings(const TokenRange& range) {
         ROLLED for (u32 node = warp.lane; node < p.nodes; node += WARP) {
             NodeCursor& cursor = cursors[node];
             cursor = NodeCursor{0, 0, 0, 0, progress(node), 0};
@@ -101,7 +92,7 @@ private:
     DEV static bool has_room(const NodeCursor& cursor) { return cursor.chosen < cursor.room; }
 
     /// The earliest token that some node with room has not seen, `NONE` if there is none.
-    DEV u32 earliest(const ChannelTokens& range) const {
+    DEV u32 earliest(const TokenRange& range) const {
         u32 position = NONE;
         ROLLED for (u32 node = warp.lane; node < p.nodes; node += WARP) {
             const NodeCursor& cursor = cursors[node];
@@ -111,7 +102,7 @@ private:
     }
 
     /// Chooses the step's tokens, and for each the nodes it goes to now.
-    DEV u32 choose(const ChannelTokens& range) {
+    DEV u32 choose(const TokenRange& range) {
         u32 count = 0;
         ROLLED while (count < STEP_TOKENS) {
             const u32 position = earliest(range);
@@ -145,7 +136,7 @@ private:
     }
 
     /// Publishes what is complete, keeps the progress, and says what is missing.
-    DEV Step close_rings(const ChannelTokens& range, u32 count, Wait& wait) {
+    DEV Step close_rings(const TokenRange& range, u32 count, Wait& wait) {
         u32 blocked = NONE;
         ROLLED for (u32 node = warp.lane; node < p.nodes; node += WARP) {
             const NodeCursor& cursor = cursors[node];

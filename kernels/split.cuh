@@ -11,8 +11,8 @@ struct RoleShare {
     u32 count;
 };
 
-/// Splits the grid's warps between two roles with `first` and `second` to do. A role with anything to do has at least
-/// one warp; the first role has at most `first_streams`, for it can't use more.
+/// Splits the grid's warps between two roles with `first` and `second` to do. Of two warps or more, a role with anything
+/// to do has at least one; the first role has at most `first_streams`, for it can't use more.
 DEV RoleShare split_warps(const Warp& warp, u64 first, u64 second, u32 first_streams) {
     u64 share = first == 0 ? 0 : second == 0 ? warp.count : first * warp.count / (first + second);
     if (first > 0 && share == 0) share = 1;

@@ -12,7 +12,6 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable, pod_read_unaligned};
-use half::bf16;
 use railhop::Config;
 use railhop::error::{Kind, Reason};
 use railhop::wire::command::Command;
@@ -22,9 +21,8 @@ use railhop::wire::device::{
 };
 use railhop::wire::kernel::{Addresses, Input, Maps, Operation, Params};
 use railhop::wire::record::VerdictRecord;
-use railhop::wire::region::{LANES, Lane, RegionMap, WordId};
+use railhop::wire::region::{Lane, RegionMap, WordId};
 use railhop::wire::shape::{RecvLayout, RecvParts, RowShape};
-use railhop::wire::word::{Index, Word};
 
 use library::ShimPosting;
 
@@ -414,16 +412,4 @@ impl Machine {
         let state: LaneState = self.devices[rank].private.read(self.private_map.lanes[lane as usize].state);
         state.turn
     }
-}
-
-pub const ALL_LANES: [Lane; 2] = LANES;
-
-/// The bits of rows.
-pub fn bits(x: &[bf16]) -> Vec<u16> {
-    x.iter().map(|x| x.to_bits()).collect()
-}
-
-/// The index in a word.
-pub fn index_of(word: u64, generation: u16) -> Option<u64> {
-    Word(word).index_in(generation).map(Index::get)
 }
