@@ -1,5 +1,6 @@
 //! Everything that can go wrong, as types. No failure is a panic, a hang or a lost row.
 
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +17,19 @@ pub struct ConfigError {
     pub reason: String,
     /// The value next to the refused one that works, where there is one.
     pub nearest: Option<u64>,
+}
+
+impl ConfigError {
+    /// The system has refused what `field` asks for.
+    pub(crate) fn refused(field: &'static str, value: usize, error: std::io::Error) -> Self {
+        Self { field, value: value as u64, reason: error.to_string(), nearest: None }
+    }
+}
+
+/// What a panic says.
+pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("unknown").to_string()
 }
 
 /// What an operation does.

@@ -20,7 +20,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::config::Config;
-use crate::error::{Cause, ConfigError, Error, Fault, Wait};
+use crate::error::{Cause, ConfigError, Error, Fault, Wait, panic_message};
 use crate::fabric::Fabric;
 use crate::fabric::doorbell::Doorbell;
 use crate::fabric::local::LocalFabric;
@@ -73,16 +73,11 @@ impl Engine {
         config: Config,
         wrap: impl FnOnce(Arc<dyn Fabric>) -> Arc<dyn Fabric>,
     ) -> Result<Self, ConfigError> {
-        let refused = |field, value: usize, error: std::io::Error| ConfigError {
-            field,
-            value: value as u64,
-            reason: error.to_string(),
-            nearest: None,
-        };
         let map = Arc::new(RegionMap::new(&config));
         let world_size = config.topology().world_size();
         let bytes = map.memory.region;
-        let region = |_| Region::new(bytes).map_err(|error| refused("region bytes", bytes, error));
+        let region =
+            |_| Region::new(bytes).map_err(|error| ConfigError::refused("region bytes", bytes, error));
         let regions = (0..world_size).map(region).collect::<Result<Arc<[_]>, _>>()?;
         let doorbell = Arc::new(Doorbell::default());
         let world = Arc::new(World {
@@ -102,7 +97,7 @@ impl Engine {
         for index in 0..world.config.worker_budget() {
             let (world, name) = (world.clone(), format!("railhop-{index}"));
             let worker = thread::Builder::new().name(name).spawn(move || Worker::new(&world, index).work());
-            engine.workers.push(worker.map_err(|error| refused("worker_budget", index, error))?);
+            engine.workers.push(worker.map_err(|error| ConfigError::refused("worker_budget", index, error))?);
         }
         Ok(engine)
     }
@@ -313,10 +308,9 @@ impl<'a> Worker<'a> {
             Ok(Ok(progress)) => Ok(progress),
             Ok(Err(wait)) => Err(watch::fault(run, wait, Cause::Departed)),
             Err(panic) => {
-                let text = panic.downcast_ref::<String>().map(String::as_str);
-                let text = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("unknown").to_string();
                 let (rank, started) = (run.rank, run.op.started());
-                let (kind, epoch, cause) = (started.kind, started.epoch, Cause::Panicked(text));
+                let (kind, epoch, cause) =
+                    (started.kind, started.epoch, Cause::Panicked(panic_message(&*panic)));
                 Err(Fault { rank, cause, reporter: rank, kind, epoch, wait: None })
             }
         }

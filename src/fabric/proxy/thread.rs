@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::{Proxy, ProxyError};
-use crate::error::ConfigError;
+use crate::error::{ConfigError, panic_message};
 use crate::fabric::rail::Rail;
 
 /// Sleeps are this part of the silence so far: what ends a silence is late by that part of it at most.
@@ -77,21 +77,15 @@ impl ProxyThread {
         core: Option<usize>,
     ) -> Result<Self, ConfigError> {
         let rank = proxy.rank();
-        let refused = |field, value: usize, error: io::Error| ConfigError {
-            field,
-            value: value as u64,
-            reason: error.to_string(),
-            nearest: None,
-        };
         let shared = Arc::<Shared>::default();
         let (pinned, outcome) = channel();
         let worker = Worker { proxy, patience, shared: shared.clone() };
         let run = move || worker.run(core, pinned);
         let thread = thread::Builder::new().name(format!("proxy-{rank}")).spawn(run);
-        let thread = thread.map_err(|error| refused("proxy", rank, error))?;
+        let thread = thread.map_err(|error| ConfigError::refused("proxy", rank, error))?;
         let proxy = Self { shared, thread: Some(thread) };
         match (outcome.recv(), core) {
-            (Ok(Err(error)), Some(core)) => Err(refused("core", core, error)),
+            (Ok(Err(error)), Some(core)) => Err(ConfigError::refused("core", core, error)),
             _ => Ok(proxy),
         }
     }
@@ -148,7 +142,8 @@ impl<R: Rail> Worker<R> {
             return;
         }
         let drained = catch_unwind(AssertUnwindSafe(|| self.drain()));
-        if let Err(error) = drained.unwrap_or_else(|panic| Err(ProxyError::Panicked(message(&*panic)))) {
+        if let Err(error) = drained.unwrap_or_else(|panic| Err(ProxyError::Panicked(panic_message(&*panic))))
+        {
             tracing::error!(rank = self.proxy.rank(), %error, "the proxy has stopped");
             // Set before kernels return, so that whoever sees them return can ask why.
             let _ = self.shared.failure.set(error);
@@ -169,11 +164,6 @@ impl<R: Rail> Worker<R> {
         }
         Ok(())
     }
-}
-
-fn message(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().map(String::as_str);
-    text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("unknown").into()
 }
 
 /// Keeps the calling thread on `core`.
