@@ -15,6 +15,59 @@ const MAX_EXPERTS: usize = 1 << 24;
 /// The most bytes a region may have: what fits an address space of 47 bits.
 const MAX_REGION: u128 = 1 << 46;
 
+/// What runs the roles.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+pub enum EngineKind {
+    /// Threads of the host.
+    #[default]
+    Host,
+    /// Kernels on CUDA devices.
+    Cuda(Cuda),
+}
+
+/// Stages of a warp in shared memory: how much is in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Staging {
+    /// Bytes of a stage: a multiple of 256 (two bytes for each of a group's 128 elements).
+    pub stage_bytes: usize,
+    /// Number of stages, a power of two of at least 2.
+    pub stages: usize,
+}
+
+/// How the kernels of a rank run. [`Budget`](crate::budget::Budget) derives it from a workload and a machine; the
+/// default suits one H100 per rank.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Cuda {
+    /// Ordinals of the devices: rank i of this process is on the one at i modulo their number.
+    pub devices: Vec<usize>,
+    /// Blocks of a dispatch, and of a combine: the SM budget.
+    pub blocks: usize,
+    /// Warps of each, 1 to 16.
+    pub warps: usize,
+    /// Warps of a plan, which has one block.
+    pub plan_warps: usize,
+    /// Stages of a dispatching warp.
+    pub dispatch: Staging,
+    /// Stages of a combining warp, of [`SUM_BYTES`](crate::wire::device::SUM_BYTES) each.
+    pub combine: Staging,
+    /// Cores for the proxies, rank i on the one at i modulo their number; none: anywhere.
+    pub proxy_cores: Vec<usize>,
+}
+
+impl Default for Cuda {
+    fn default() -> Self {
+        Self {
+            devices: vec![0],
+            blocks: 8,
+            warps: 8,
+            plan_warps: 16,
+            dispatch: Staging { stage_bytes: 2048, stages: 8 },
+            combine: Staging { stage_bytes: 1024, stages: 16 },
+            proxy_cores: Vec::new(),
+        }
+    }
+}
+
 /// The settled configuration of a world. All ranks must hold an equal one; its hash is in every enter record.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Config {
@@ -24,6 +77,7 @@ pub struct Config {
     pub(crate) placement: ExpertPlacement,
     pub(crate) max_hidden: usize,
     pub(crate) max_topk: usize,
+    pub(crate) max_tokens: usize,
     pub(crate) channels: usize,
     pub(crate) chunk_tokens: usize,
     pub(crate) ring_slots: usize,
@@ -31,6 +85,7 @@ pub struct Config {
     pub(crate) pool_bytes: usize,
     pub(crate) deadline: Duration,
     pub(crate) first_index: u64,
+    pub(crate) engine: EngineKind,
 }
 
 impl Config {
@@ -44,6 +99,7 @@ impl Config {
                 placement: ExpertPlacement::contiguous(0, topology.world_size()),
                 max_hidden: 8192,
                 max_topk: 8,
+                max_tokens: 8192,
                 channels: 1,
                 chunk_tokens: 4,
                 ring_slots: 16,
@@ -51,6 +107,7 @@ impl Config {
                 pool_bytes: 256 << 20,
                 deadline: Duration::from_secs(100),
                 first_index: 0,
+                engine: EngineKind::Host,
             },
             num_experts: None,
             channels: None,
@@ -97,15 +154,22 @@ impl Config {
         self.worker_budget
     }
 
+    /// What runs the roles.
+    pub fn engine(&self) -> &EngineKind {
+        &self.engine
+    }
+
     /// The one deadline of all waits.
     pub fn deadline(&self) -> Duration {
         self.deadline
     }
 
-    /// What all ranks of a world must agree on, as one number. Worker budget and deadline are a rank's own.
+    /// What all ranks of a world must agree on, as one number. Engine, worker budget and deadline are a
+    /// rank's own.
     pub(crate) fn agreement_hash(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
-        let shape = (self.max_hidden, self.max_topk, self.channels, self.chunk_tokens, self.ring_slots);
+        let most = (self.max_hidden, self.max_topk, self.max_tokens);
+        let shape = (most, self.channels, self.chunk_tokens, self.ring_slots);
         (&self.name, &self.members, self.topology, &self.placement, shape).hash(&mut hasher);
         hasher.finish()
     }
@@ -160,6 +224,19 @@ impl ConfigBuilder {
     /// The largest `topk` any operation will use, at most [`MAX_TOPK`]; sizes the rings.
     pub fn max_topk(mut self, topk: usize) -> Self {
         self.config.max_topk = topk;
+        self
+    }
+
+    /// The most tokens a rank may bring to one operation on a device, where it sizes plans: a rank must be able to
+    /// forward what all its rail peers bring.
+    pub fn max_tokens(mut self, tokens: usize) -> Self {
+        self.config.max_tokens = tokens;
+        self
+    }
+
+    /// Runs the roles as kernels on CUDA devices.
+    pub fn cuda(mut self, cuda: Cuda) -> Self {
+        self.config.engine = EngineKind::Cuda(cuda);
         self
     }
 

@@ -32,6 +32,77 @@ pub(crate) fn panic_message(panic: &(dyn Any + Send)) -> String {
     text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("unknown").to_string()
 }
 
+/// What a device, its driver or the compiler of its kernels can't do.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DeviceError {
+    /// No CUDA driver is installed.
+    #[error("no CUDA driver here: {0}")]
+    NoDriver(String),
+    /// The driver is older than what this library needs. Versions are 1000 × major + 10 × minor.
+    #[error("the CUDA driver supports version {found}, {needed} is needed")]
+    OldDriver {
+        /// What it supports.
+        found: u32,
+        /// What is needed.
+        needed: u32,
+    },
+    /// There is no such device.
+    #[error("there is no CUDA device {device}: {count} found")]
+    NoDevice {
+        /// Its ordinal.
+        device: usize,
+        /// Devices there are.
+        count: usize,
+    },
+    /// The kernels were not compiled at build time, and there is no NVRTC to do it now.
+    #[error("the kernels must be compiled first, and NVRTC is not here: {0}; build with nvcc, or install NVRTC")]
+    NoCompiler(String),
+    /// The kernels do not compile.
+    #[error("the kernels do not compile for {target}: {log}")]
+    Compile {
+        /// The architecture.
+        target: String,
+        /// What the compiler says.
+        log: String,
+    },
+    /// The device lacks something.
+    #[error("{device} can't do this: {what}")]
+    Unsupported {
+        /// The device's name.
+        device: String,
+        /// What it lacks.
+        what: String,
+    },
+    /// There is not so much memory.
+    #[error("{bytes} bytes of {place} memory can't be had")]
+    OutOfMemory {
+        /// Bytes asked for.
+        bytes: usize,
+        /// Where.
+        place: &'static str,
+    },
+    /// Blocks that wait for each other must all run at the same time, and can't.
+    #[error("{ranks} ranks with {blocks} blocks each share {device}, which runs {resident} such blocks at a time")]
+    NotResident {
+        /// The device's name.
+        device: String,
+        /// Ranks on it.
+        ranks: usize,
+        /// Blocks of each, over its lanes.
+        blocks: usize,
+        /// What it runs.
+        resident: usize,
+    },
+    /// A call of the driver has failed.
+    #[error("{call} failed: {reason}")]
+    Call {
+        /// The call.
+        call: &'static str,
+        /// What the driver says.
+        reason: String,
+    },
+}
+
 /// What an operation does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(u32)]
@@ -174,6 +245,18 @@ pub enum Reason {
         /// The largest free block.
         largest: u64,
     },
+    /// More tokens than plans on a device have room for.
+    #[error("{tokens} tokens exceed Config::max_tokens = {max}")]
+    TooManyTokens {
+        /// Tokens of the rank.
+        tokens: u64,
+        /// The configured maximum.
+        max: u64,
+    },
+    /// The rows lie in the memory of a device, which this engine does not reach, or of the host where a device's is
+    /// needed.
+    #[error("the engine can't use rows in this memory: device memory needs a CUDA engine")]
+    WrongMemory,
 }
 
 /// What a rank said it was starting: ranks must agree on it.
@@ -262,6 +345,8 @@ pub enum Cause {
     Departed,
     /// A role panicked; the message.
     Panicked(String),
+    /// A proxy has stopped; why.
+    Proxy(String),
 }
 
 /// The record of the first fault of a world. It poisons the communicator until `reset`.
@@ -287,6 +372,7 @@ impl fmt::Display for Fault {
             Cause::Deadline(after) => write!(f, "rank {} did not move within {after:?}", self.rank)?,
             Cause::Departed => write!(f, "rank {} left the world", self.rank)?,
             Cause::Panicked(message) => write!(f, "a role of rank {} panicked: {message}", self.rank)?,
+            Cause::Proxy(message) => write!(f, "the proxy of rank {} has stopped: {message}", self.rank)?,
         }
         write!(f, "; seen by rank {} in {} of epoch {}", self.reporter, self.kind, self.epoch)?;
         match &self.wait {
@@ -303,6 +389,9 @@ pub enum Error {
     /// The configuration can't work.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// A device can't be used, or has failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// One rank's input was invalid, or a receive buffer was too small: no rank got its rows.
     #[error("rank {rank}: {reason}")]
     Refused {

@@ -114,6 +114,7 @@
 pub mod api;
 pub mod budget;
 pub mod config;
+pub mod device;
 // Not public: a hand-made operation could name memory that somebody borrows.
 mod engine;
 pub mod error;
@@ -126,7 +127,7 @@ pub mod topology;
 pub mod wire;
 
 pub use api::*;
-pub use config::{Config, ConfigBuilder};
+pub use config::{Config, ConfigBuilder, Cuda, EngineKind};
 pub use error::Error;
 pub use numeric::ScaleFormat;
 pub use topology::{ExpertPlacement, Topology};

@@ -12,6 +12,7 @@ use super::shape::{RowShape, header_words};
 use super::word::Index;
 use super::{LINE, align_up};
 use crate::config::Config;
+pub use crate::config::Staging;
 
 device_struct! {
     /// A table of equal things in memory: entry (i, j) is at `at + i * outer + j * inner`.
@@ -497,15 +498,6 @@ device_struct! {
         /// Keeps the size a multiple of 8.
         pub reserved: u32,
     }
-}
-
-/// Stages of a warp: how much is in flight.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Staging {
-    /// Bytes of a stage: a multiple of 256 (two bytes for each of a group's 128 elements).
-    pub stage_bytes: usize,
-    /// Number of stages, a power of two of at least 2.
-    pub stages: usize,
 }
 
 impl Staging {

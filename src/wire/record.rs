@@ -89,6 +89,8 @@ impl From<Option<Reason>> for ReasonRecord {
             Reason::StaleHandle => (9, [0; 4]),
             Reason::NotDispatched => (10, [0; 4]),
             Reason::PoolExhausted { needed, largest } => (11, [needed, largest, 0, 0]),
+            Reason::TooManyTokens { tokens, max } => (12, [tokens, max, 0, 0]),
+            Reason::WrongMemory => (13, [0; 4]),
         };
         Self { code, args }
     }
@@ -110,6 +112,8 @@ impl ReasonRecord {
             9 => Reason::StaleHandle,
             10 => Reason::NotDispatched,
             11 => Reason::PoolExhausted { needed: a, largest: b },
+            12 => Reason::TooManyTokens { tokens: a, max: b },
+            13 => Reason::WrongMemory,
             _ => return None,
         })
     }
@@ -299,6 +303,8 @@ mod tests {
             Reason::StaleHandle,
             Reason::NotDispatched,
             Reason::PoolExhausted { needed: 11, largest: 3 },
+            Reason::TooManyTokens { tokens: 9, max: 8 },
+            Reason::WrongMemory,
         ];
         for reason in reasons {
             assert_eq!(ReasonRecord::from(Some(reason)).read(), Some(reason));
