@@ -240,6 +240,7 @@ private:
             state.node_good = shared.verdict.state == verdict::GOOD;
             Report& report = *at<Report>(p.report);
             report.rows = at<u64>(p.plan_rows)[p.local];
+            report.sent = plan.sent;
             ptx::st_release_sys(&report.planned, target);
         }
         together();

@@ -159,6 +159,11 @@ impl Config {
         &self.engine
     }
 
+    /// The same world on another engine.
+    pub fn on(self, engine: EngineKind) -> Self {
+        Self { engine, ..self }
+    }
+
     /// The one deadline of all waits.
     pub fn deadline(&self) -> Duration {
         self.deadline

@@ -55,7 +55,9 @@ pub enum DeviceError {
         count: usize,
     },
     /// The kernels were not compiled at build time, and there is no NVRTC to do it now.
-    #[error("the kernels must be compiled first, and NVRTC is not here: {0}; build with nvcc, or install NVRTC")]
+    #[error(
+        "the kernels must be compiled first, and NVRTC is not here: {0}; build with nvcc, or install NVRTC"
+    )]
     NoCompiler(String),
     /// The kernels do not compile.
     #[error("the kernels do not compile for {target}: {log}")]
@@ -82,7 +84,9 @@ pub enum DeviceError {
         place: &'static str,
     },
     /// Blocks that wait for each other must all run at the same time, and can't.
-    #[error("{ranks} ranks with {blocks} blocks each share {device}, which runs {resident} such blocks at a time")]
+    #[error(
+        "{ranks} ranks with {blocks} blocks each share {device}, which runs {resident} such blocks at a time"
+    )]
     NotResident {
         /// The device's name.
         device: String,
@@ -153,6 +157,8 @@ pub enum Tensor {
     ExpertOutputs = 5,
     /// The bias [T, H].
     Bias = 6,
+    /// Memory for the result [T, H].
+    Out = 7,
 }
 
 impl fmt::Display for Tensor {
@@ -164,6 +170,7 @@ impl fmt::Display for Tensor {
             Self::Scales => "scales",
             Self::ExpertOutputs => "expert outputs",
             Self::Bias => "bias",
+            Self::Out => "out",
         })
     }
 }
@@ -347,6 +354,8 @@ pub enum Cause {
     Panicked(String),
     /// A proxy has stopped; why.
     Proxy(String),
+    /// A device has failed; how.
+    Device(String),
 }
 
 /// The record of the first fault of a world. It poisons the communicator until `reset`.
@@ -372,6 +381,7 @@ impl fmt::Display for Fault {
             Cause::Deadline(after) => write!(f, "rank {} did not move within {after:?}", self.rank)?,
             Cause::Departed => write!(f, "rank {} left the world", self.rank)?,
             Cause::Panicked(message) => write!(f, "a role of rank {} panicked: {message}", self.rank)?,
+            Cause::Device(message) => write!(f, "the device of rank {} has failed: {message}", self.rank)?,
             Cause::Proxy(message) => write!(f, "the proxy of rank {} has stopped: {message}", self.rank)?,
         }
         write!(f, "; seen by rank {} in {} of epoch {}", self.reporter, self.kind, self.epoch)?;

@@ -8,14 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{BF16, Case, LIMIT, Ranks, config, within};
+use common::{BF16, Case, LIMIT, Ranks, config, local_world, within};
 use half::bf16;
 use railhop::error::{Cause, Error, Fault, Kind, Reason, Role, Tensor};
 use railhop::fabric::Fabric;
 use railhop::wire::region::{Lane, RegionMap, WordId};
 use railhop::{
-    Combine, Communicator, Config, Failed, Fp8Tokens, Handle, LocalWorld, RecvBuffer, Routing, RowFormat,
-    RowShape, Rows, ScaleData, ScaleFormat, ScaleOrder, Scales, Topology,
+    Combine, Communicator, Config, Failed, Fp8Tokens, Handle, RecvBuffer, Routing, RowFormat, RowShape, Rows,
+    ScaleData, ScaleFormat, ScaleOrder, Scales, Topology,
 };
 
 /// For tests in which a wait runs out.
@@ -948,7 +948,7 @@ fn dropped_operations_return_their_buffers() {
 fn a_reset_does_not_wait_for_a_rank_that_has_left() {
     within(LIMIT, || {
         let config = Config::builder(Topology::new(1, 3).unwrap()).experts(3).build().unwrap();
-        let results = LocalWorld::new(config).unwrap().run(|mut comm| match comm.rank() {
+        let results = local_world(&config).run(|mut comm| match comm.rank() {
             2 => None,
             // Kept until all are back: it must not leave as well.
             _ => Some((comm.reset(), comm)),

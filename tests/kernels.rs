@@ -2,11 +2,11 @@
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))] // What the shim runs on.
 
 mod common;
-mod shim;
 
 use std::path::Path;
 use std::sync::Arc;
 
+use common::shim::{self, Launch, Machine, Options, Plan, Start, Traffic};
 use common::{Case, Random, Ranks, bits, config};
 use half::bf16;
 use railhop::error::{Kind, Reason};
@@ -22,7 +22,6 @@ use railhop::{
     Combine, Combined, Config, Dispatched, Error, ExpertPlacement, Fp8Tokens, Handle, RecvBuffer, RowFormat,
     RowShape, ScaleData, ScaleFormat, ScaleOrder, Scales,
 };
-use shim::{Launch, Machine, Options, Plan, Start, Traffic};
 
 /// Tokens that are E4M3 rows already, with scales in some order.
 struct Ready {

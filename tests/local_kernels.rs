@@ -4,7 +4,6 @@
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))] // What the shim runs on.
 
 mod common;
-mod shim;
 
 use std::ffi::c_float;
 use std::process::Command;
@@ -23,7 +22,7 @@ use railhop::wire::local::{
 };
 use railhop::{ExpertMajor, ScaleRows};
 
-use shim::{Grid, Memory, Options, Shim};
+use common::shim::{Grid, Memory, Options, Shim};
 
 const FORMATS: [ScaleFormat; 2] = [ScaleFormat::F32, ScaleFormat::Ue8m0];
 

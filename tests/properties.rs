@@ -2,11 +2,9 @@
 
 mod common;
 
-use common::{Case, LIMIT, Random, contents, within};
+use common::{Case, LIMIT, Random, contents, device_room, local_world, within};
 use proptest::prelude::*;
-use railhop::{
-    Combine, Communicator, Config, ExpertPlacement, LocalWorld, RowFormat, RowShape, ScaleFormat, Topology,
-};
+use railhop::{Combine, Communicator, Config, ExpertPlacement, RowFormat, RowShape, ScaleFormat, Topology};
 
 const FORMATS: [RowFormat; 3] =
     [RowFormat::Bf16, RowFormat::Fp8(ScaleFormat::F32), RowFormat::Fp8(ScaleFormat::Ue8m0)];
@@ -61,7 +59,8 @@ impl World {
             .first_index(u64::MAX - self.before_wrap)
             .max_hidden(steps.iter().map(|shape| shape.hidden).max().unwrap())
             .max_topk(steps.iter().map(|shape| shape.topk).max().unwrap())
-            .pool_bytes(pool_bytes)
+            .max_tokens(14)
+            .pool_bytes(pool_bytes + device_room())
             .build()
             .unwrap()
     }
@@ -150,7 +149,7 @@ proptest! {
     fn any_world_any_shape(world in world()) {
         let cases = world.cases();
         within(LIMIT, move || {
-            let world = LocalWorld::new(cases[0].config.clone()).unwrap();
+            let world = local_world(&cases[0].config);
             world.run(|mut comm| cases.iter().for_each(|case| every_way(case, &mut comm)));
         });
     }

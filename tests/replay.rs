@@ -1,10 +1,13 @@
 //! Recorded routing through dispatch, experts and combine, against the oracle.
 
+mod common;
+
+use common::local_world;
 use half::bf16;
 use railhop::reference::oracle::Oracle;
 use railhop::reference::trace::Trace;
 use railhop::reference::{experts, verify::verify};
-use railhop::{Combine, Config, LocalWorld, Routing, RowFormat, RowShape, ScaleFormat, Topology};
+use railhop::{Combine, Config, Routing, RowFormat, RowShape, ScaleFormat, Topology};
 
 fn replay(nodes: usize, ranks_per_node: usize, tokens: usize, format: RowFormat) {
     let trace = Trace::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/small.safetensors")).unwrap();
@@ -21,7 +24,7 @@ fn replay(nodes: usize, ranks_per_node: usize, tokens: usize, format: RowFormat)
             ranks: trace.step(step, world, tokens),
         })
         .collect();
-    LocalWorld::new(config.clone()).unwrap().run(|mut comm| {
+    local_world(&config).run(|mut comm| {
         let shape = RowShape { hidden: trace.hidden, topk: trace.topk, format };
         for oracle in &oracles {
             let own = &oracle.ranks[comm.rank()];

@@ -5,12 +5,12 @@ mod common;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{BF16, Case, LIMIT, Random, Ranks, bits, config, contents, within};
+use common::{BF16, Case, LIMIT, Random, Ranks, bits, config, contents, local_world, within};
 use half::bf16;
 use railhop::numeric::{quantise, scale_groups};
 use railhop::{
-    Combine, Dispatched, Fp8Tokens, LocalWorld, RecvBuffer, RowFormat, RowShape, Rows, ScaleData,
-    ScaleFormat, ScaleOrder, Scales,
+    Combine, Dispatched, Fp8Tokens, RecvBuffer, RowFormat, RowShape, Rows, ScaleData, ScaleFormat,
+    ScaleOrder, Scales,
 };
 
 /// The rank's tokens, quantised by hand, with scales in `order`.
@@ -249,7 +249,7 @@ fn a_result_buffer_is_used_again() {
 fn a_dispatch_and_a_combine_are_under_way_together() {
     within(LIMIT, || {
         let config = config(2, 2).ring_slots(4).build().unwrap();
-        LocalWorld::new(config.clone()).unwrap().run(|mut comm| {
+        local_world(&config).run(|mut comm| {
             let rank = comm.rank();
             let mut earlier = None;
             for step in 0..8 {
@@ -278,7 +278,7 @@ fn a_dispatch_and_a_combine_are_under_way_together() {
 fn buffers_and_handles_are_kept_until_backward() {
     within(LIMIT, || {
         let config = config(2, 2).build().unwrap();
-        LocalWorld::new(config.clone()).unwrap().run(|mut comm| {
+        local_world(&config).run(|mut comm| {
             let rank = comm.rank();
             let cases: Vec<_> = (0..50).map(|seed| Case::random(&config, BF16, 6, seed)).collect();
             let forward = cases.iter().map(|case| {
@@ -365,7 +365,7 @@ fn many_ranks_share_two_workers() {
         for (nodes, ranks_per_node) in [(8, 8), (1, 64), (64, 1)] {
             let config = config(nodes, ranks_per_node).max_hidden(16).pool_bytes(1 << 20).build().unwrap();
             let case = Case::random(&config, shape, 4, 11);
-            LocalWorld::new(config).unwrap().run(|mut comm| case.round_trip(&mut comm));
+            local_world(&config).run(|mut comm| case.round_trip(&mut comm));
         }
     });
 }

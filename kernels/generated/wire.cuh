@@ -362,15 +362,15 @@ struct Report {
     u64 rows;
     /// See `status`.
     u32 status;
-    /// Keeps the size a multiple of 8.
-    u32 reserved;
+    /// Slots this rank puts on the rail in a dispatch.
+    u32 sent;
 };
 static_assert(sizeof(Report) == 32, "Report");
 static_assert(OFFSET_OF(Report, planned) == 0, "Report");
 static_assert(OFFSET_OF(Report, ended) == 8, "Report");
 static_assert(OFFSET_OF(Report, rows) == 16, "Report");
 static_assert(OFFSET_OF(Report, status) == 24, "Report");
-static_assert(OFFSET_OF(Report, reserved) == 28, "Report");
+static_assert(OFFSET_OF(Report, sent) == 28, "Report");
 
 /// The first fault that a warp of the rank met, and what it waited for.
 struct FaultRecord {

@@ -5,13 +5,23 @@
 namespace railhop::shim {
 
 u32 Memories::add(u32 rank, const void* base, u64 bytes, bool shared) {
-    Memory memory{(u32)by_base.size(), rank, shared, (const u8*)base, bytes};
+    std::lock_guard lock(mutex);
+    added.push_back({count, rank, shared, (const u8*)base, bytes});
+    more.store(true, std::memory_order_release);
+    return count++;
+}
+
+void Memories::adopt() {
+    std::lock_guard lock(mutex);
     auto after = [](const u8* p, const Memory& m) { return p < m.base; };
-    by_base.insert(std::upper_bound(by_base.begin(), by_base.end(), memory.base, after), memory);
-    return memory.id;
+    for (const Memory& memory : added)
+        by_base.insert(std::upper_bound(by_base.begin(), by_base.end(), memory.base, after), memory);
+    added.clear();
+    more.store(false, std::memory_order_relaxed);
 }
 
 Memory* Memories::find(const void* p, u64 bytes) {
+    if (more.load(std::memory_order_acquire)) adopt();
     if (by_base.empty()) return nullptr;
     if (by_base[last].contains(p, bytes)) return &by_base[last];
     auto after = [](const u8* at, const Memory& m) { return at < m.base; };
@@ -22,6 +32,7 @@ Memory* Memories::find(const void* p, u64 bytes) {
 }
 
 Memory* Memories::get(u32 id) {
+    adopt();
     for (Memory& memory : by_base)
         if (memory.id == id) return &memory;
     return nullptr;

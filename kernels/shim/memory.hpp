@@ -1,5 +1,7 @@
 // The memories that a shim knows, and who may touch them.
 #pragma once
+#include <atomic>
+#include <mutex>
 #include <vector>
 
 #include "lane_api.hpp"
@@ -22,12 +24,19 @@ struct Memory {
 
 class Memories {
 public:
+    /// May be called by any thread, while others find: whoever has been told of the memory finds it.
     u32 add(u32 rank, const void* base, u64 bytes, bool shared);
     /// The one memory that holds all `bytes` at `p`, or null.
     Memory* find(const void* p, u64 bytes);
     Memory* get(u32 id);
 
 private:
+    void adopt();
+
+    std::mutex mutex;
+    std::vector<Memory> added;  // not in `by_base` yet
+    u32 count = 0;
+    std::atomic<bool> more = false;  // something was added
     std::vector<Memory> by_base;
     u32 last = 0;  // index of the last hit: accesses come in runs
 };

@@ -1,7 +1,9 @@
 // The one scheduler of a shim: sweeps over all resident blocks and agents, and the virtual time between sweeps.
+// live.cpp has what differs where time is real.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 
 #include "world.hpp"
 
@@ -75,14 +77,46 @@ void Shim::stop(const std::string& text) {
     failed = true;
 }
 
+// ---- streams
+
+void Shim::submit(StreamId stream, std::unique_ptr<Launch> launch) {
+    if (options.live)
+        inbox.push(stream, std::move(launch));
+    else
+        enqueue(stream, std::move(launch));
+}
+
+void Shim::enqueue(StreamId id, std::unique_ptr<Launch> launch) {
+    Stream& stream = streams[id];
+    launch->order.resize(launch->grid);
+    std::iota(launch->order.begin(), launch->order.end(), 0);
+    for (u32 i = launch->grid; random.enabled() && i > 1; --i)
+        std::swap(launch->order[i - 1], launch->order[random.below(i)]);
+    launch->stream_order = &stream.order;
+    stream.launches.push_back(std::move(launch));
+}
+
+/// Takes what has ended off a stream's front.
+void Shim::pop_ended(StreamId id, Stream& stream) {
+    while (!stream.launches.empty()) {
+        const Launch& front = *stream.launches.front();
+        if (front.ended < front.grid) return;
+        if (front.awaited_entries && inbox.ended(front.awaited) < front.awaited_entries) return;
+        stream.launches.pop_front();
+        // Threads that ask hear of it; what they then launch, and what waited on this stream, comes after it.
+        if (options.live) stream.order.acquire();
+        inbox.entry_ended(id);
+        if (options.live && !stream.launches.empty()) stream.launches.front()->begun.release();
+    }
+}
+
 // ---- blocks
 
 /// Starts what its stream and the rank's free places allow; whether anything is left to start or to wait for.
 bool Shim::start_blocks() {
     bool launches = false;
     for (auto& [key, stream] : streams) {
-        while (!stream.launches.empty() && stream.launches.front()->ended == stream.launches.front()->grid)
-            stream.launches.pop_front();
+        pop_ended(key, stream);
         if (stream.launches.empty()) continue;
         launches = true;
         if (!calm() && random.one_in(2)) continue;
@@ -120,7 +154,7 @@ void Shim::start_block(Launch& launch, u32 index) {
         launch.begun.acquire();
         launch.stream_order->acquire();
     });
-    u64 frozen_until = random.one_in(4) ? sweep_number + random.below(100) : 0;
+    u64 frozen_until = random.one_in(4) ? freeze(100) : 0;
     for (u32 w = 0; w * 32 < launch.threads; ++w) {
         block.warps.push_back(std::make_unique<Warp>());
         Warp& warp = *block.warps.back();
@@ -254,7 +288,7 @@ bool Shim::sweep() {
     ++sweep_number;
     if (!blocks.empty() && random.one_in(32)) {
         Block& block = *blocks[random.below((u32)blocks.size())];
-        block.warps[random.below((u32)block.warps.size())]->frozen_until = sweep_number + random.below(300);
+        block.warps[random.below((u32)block.warps.size())]->frozen_until = freeze(300);
     }
     bool alive = false;
     u32 count = (u32)blocks.size();
@@ -277,18 +311,23 @@ bool Shim::sweep() {
     return alive;
 }
 
-void Shim::advance_time() {
-    bool hold = news && news_sweeps < NEWS_PATIENCE;
+/// Whether the sweep changed nothing, and news alone has come for too long.
+bool Shim::count_sweep(u32 news_patience) {
+    bool hold = news && news_sweeps < news_patience;
     news_sweeps = news && !progress ? news_sweeps + 1 : 0;
+    bool silent = !progress && !hold;
+    if (progress) idle_sweeps = 0;
+    if (silent) ++idle_sweeps;
+    progress = news = false;
+    return silent;
+}
+
+void Shim::advance_time() {
     if (progress) {
-        idle_sweeps = 0;
         idle_since = now;
         step = STEP;
-    } else if (!hold) {
-        ++idle_sweeps;
-        if (calm()) step = std::min(2 * step, LONGEST_STEP);
     }
-    progress = news = false;
+    if (count_sweep(NEWS_PATIENCE) && calm()) step = std::min(2 * step, LONGEST_STEP);
     u64 due = network.next_due();
     u64 next = now + step;
     now = due > now && due < next ? due : next;
@@ -315,6 +354,20 @@ int Shim::run() {
     network.begin(from_host);
     for (auto& [key, stream] : streams)
         for (auto& launch : stream.launches) launch->begun.release();
+    if (options.live)
+        run_live();
+    else
+        run_to_end();
+    network.end(end);
+    for (auto& block : blocks)  // of a failed or stopped run: what they did is over too
+        for (auto& warp : block->warps)
+            for (Lane& lane : warp->lanes)
+                if (lane.tsan.handle) lane.tsan.as([&] { end.release(); });
+    end.acquire();
+    return failed ? 1 : 0;
+}
+
+void Shim::run_to_end() {
     while (!failed) {
         bool launches = start_blocks();
         if (!launches && network.idle()) break;
@@ -326,13 +379,6 @@ int Shim::run() {
             stop("deadlock: nothing can run\n" + where_everyone_is());
         advance_time();
     }
-    network.end(end);
-    for (auto& block : blocks)  // of a failed run: what they did is over too
-        for (auto& warp : block->warps)
-            for (Lane& lane : warp->lanes)
-                if (lane.tsan.handle) lane.tsan.as([&] { end.release(); });
-    end.acquire();
-    return failed ? 1 : 0;
 }
 
 // ---- reports

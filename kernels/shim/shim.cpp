@@ -1,9 +1,8 @@
 // The C interface.
 #include "shim.h"
 
-#include <algorithm>
 #include <cstring>
-#include <numeric>
+#include <memory>
 
 #include "world.hpp"
 
@@ -35,10 +34,8 @@ uint32_t railhop_shim_memory(RailhopShim* shim, uint32_t rank, void* base, uint6
 int railhop_shim_launch(RailhopShim* handle, uint32_t rank, uint32_t stream_id, const char* name, uint32_t grid,
                         uint32_t block, uint32_t smem_bytes, const void* params, uint64_t params_bytes) {
     Quiet quiet;
-    Shim& shim = handle->shim;
     const Kernel* kernel = Kernel::find(name);
     if (!kernel || kernel->params_bytes != params_bytes || grid == 0 || block == 0 || block > 1024) return -1;
-    Stream& stream = shim.streams[{rank, stream_id}];
     auto launch = std::make_unique<Launch>();
     launch->kernel = kernel;
     launch->rank = rank;
@@ -47,13 +44,28 @@ int railhop_shim_launch(RailhopShim* handle, uint32_t rank, uint32_t stream_id, 
     launch->smem_bytes = smem_bytes;
     launch->params.resize(params_bytes / 16 + 1);
     std::memcpy(launch->params.data(), params, params_bytes);
-    launch->order.resize(grid);
-    std::iota(launch->order.begin(), launch->order.end(), 0);
-    for (u32 i = grid; shim.random.enabled() && i > 1; --i)
-        std::swap(launch->order[i - 1], launch->order[shim.random.below(i)]);
-    launch->stream_order = &stream.order;
-    stream.launches.push_back(std::move(launch));
+    handle->shim.submit({rank, stream_id}, std::move(launch));
     return 0;
+}
+
+void railhop_shim_wait(RailhopShim* shim, uint32_t rank, uint32_t stream, uint32_t other_rank, uint32_t other_stream,
+                       uint64_t count) {
+    Quiet quiet;
+    auto launch = std::make_unique<Launch>();
+    launch->rank = rank;
+    launch->awaited = {other_rank, other_stream};
+    launch->awaited_entries = count;
+    shim->shim.submit({rank, stream}, std::move(launch));
+}
+
+uint64_t railhop_shim_ended(RailhopShim* shim, uint32_t rank, uint32_t stream) {
+    Quiet quiet;
+    return shim->shim.inbox.ended({rank, stream});
+}
+
+void railhop_shim_stop(RailhopShim* shim) {
+    Quiet quiet;
+    shim->shim.inbox.stop();
 }
 
 void railhop_shim_proxy(RailhopShim* shim, uint32_t rank, uint64_t* fifo, uint64_t capacity, uint64_t* taken,

@@ -1,5 +1,6 @@
 // C interface of the CPU shim, for dlopen. A shim is one simulated machine: ranks with their memories, streams, proxies
-// and NICs. A shim belongs to one thread at a time; several threads may each run their own.
+// and NICs. A shim belongs to one thread at a time; several threads may each run their own. While one thread runs a
+// live shim, others may call railhop_shim_memory, launch, wait, ended and stop.
 #pragma once
 #include <stdint.h>
 
@@ -16,7 +17,7 @@ struct ShimOptions {
     uint32_t resident;       // blocks of a rank that run at the same time; 0: no limit
     uint32_t tsan_per_warp;  // one TSan fiber a warp instead of one a lane: less exact, far cheaper
     uint32_t ranks_per_node; // 0: all ranks on one node
-    uint32_t reserved;
+    uint32_t live;           // time is real, and other threads take part: see the README
 };
 
 // What a FIFO entry stands for: a put of `bytes` (may be 0) from `src` to `dst`, then `value` into `word` (may be null)
@@ -47,6 +48,13 @@ RAILHOP_SHIM_API int railhop_shim_launch(RailhopShim* shim, uint32_t rank, uint3
                                          uint32_t grid, uint32_t block, uint32_t smem_bytes, const void* params,
                                          uint64_t params_bytes);
 
+// Queues an entry on a stream of a rank that ends when `count` entries of the other stream have ended.
+RAILHOP_SHIM_API void railhop_shim_wait(RailhopShim* shim, uint32_t rank, uint32_t stream, uint32_t other_rank,
+                                        uint32_t other_stream, uint64_t count);
+
+// Entries of a stream, kernels and waits, that have ended so far: all that they wrote is visible to the caller.
+RAILHOP_SHIM_API uint64_t railhop_shim_ended(RailhopShim* shim, uint32_t rank, uint32_t stream);
+
 // Attaches the proxy of a rank to its command FIFO of `capacity` (a power of two) entries of two halves each.
 RAILHOP_SHIM_API void railhop_shim_proxy(RailhopShim* shim, uint32_t rank, uint64_t* fifo, uint64_t capacity,
                                          uint64_t* taken, ShimResolve resolve, void* ctx);
@@ -55,8 +63,12 @@ RAILHOP_SHIM_API void railhop_shim_proxy(RailhopShim* shim, uint32_t rank, uint6
 RAILHOP_SHIM_API void railhop_shim_lose(RailhopShim* shim, uint64_t* word);
 
 // Runs until every launched kernel has ended and the agents are idle: 0, or 1 with a report. After 1 the shim only
-// serves its reports. After 0 it may be given further launches and run again.
+// serves its reports. After 0 it may be given further launches and run again. A live shim runs until it is stopped, or
+// until a check has failed; after a stop it only serves to be freed, with whatever still runs.
 RAILHOP_SHIM_API int railhop_shim_run(RailhopShim* shim);
+
+// Stops a live shim, now or as soon as it runs.
+RAILHOP_SHIM_API void railhop_shim_stop(RailhopShim* shim);
 
 // The failed check or deadlock; "" if none. Valid until the next call with this shim.
 RAILHOP_SHIM_API const char* railhop_shim_report(RailhopShim* shim);

@@ -1,7 +1,8 @@
 // The state of a simulated machine: lanes in warps in blocks of launches, and the shim that owns them all.
 //
-// Everything here is touched by every lane and by the scheduler, all on one OS thread. Functions that lanes enter hold
-// a Quiet, so that TSan sees the kernel's accesses only.
+// Everything here is touched by every lane and by the scheduler, all on one OS thread; of a live machine other threads
+// only touch `inbox`, and add to `memories`. Functions that lanes enter hold a Quiet, so that TSan sees the kernel's
+// accesses only.
 #pragma once
 #include <deque>
 #include <map>
@@ -12,6 +13,7 @@
 
 #include "fiber.hpp"
 #include "lane_api.hpp"
+#include "live.hpp"
 #include "memory.hpp"
 #include "nic.hpp"
 #include "random.hpp"
@@ -158,6 +160,7 @@ struct NamedBarrier {
     SyncToken order[2];  // by parity of the generation: late leavers must not see the next one's arrivals
 };
 
+/// What a stream holds: a kernel, or (without blocks) a wait for another stream.
 struct Launch {
     const Kernel* kernel;
     u32 rank;
@@ -168,6 +171,8 @@ struct Launch {
     std::vector<u32> order;  // blocks in the order in which they start
     u32 started = 0;
     u32 ended = 0;
+    StreamId awaited;         // the stream waited for,
+    u64 awaited_entries = 0;  // until so many of its entries have ended
     SyncToken begun;          // from the host to the lanes
     SyncToken* stream_order;  // from the blocks of a launch to those of the next one on its stream
 };
@@ -204,9 +209,10 @@ struct Shim {
     Random random;
     Memories memories;
     Network network;
-    std::map<std::pair<u32, u32>, Stream> streams;  // by rank and stream
-    std::vector<std::unique_ptr<Block>> blocks;     // resident ones
-    std::vector<u32> resident;                      // by rank
+    Inbox inbox;
+    std::map<StreamId, Stream> streams;
+    std::vector<std::unique_ptr<Block>> blocks;  // resident ones
+    std::vector<u32> resident;                   // by rank
     std::vector<FiberStacks> spare_stacks;
     std::vector<std::unique_ptr<BulkCopy>> spare_copies;
     std::string report;
@@ -234,7 +240,11 @@ struct Shim {
 
     // ---- scheduler.cpp
     int run();
+    void run_to_end();
+    void submit(StreamId stream, std::unique_ptr<Launch> launch);
+    void enqueue(StreamId stream, std::unique_ptr<Launch> launch);
     bool start_blocks();
+    void pop_ended(StreamId id, Stream& stream);
     void start_block(Launch& launch, u32 index);
     bool finish_blocks();
     void finish_block(Block& block);
@@ -243,10 +253,18 @@ struct Shim {
     void wake_sleepers(Block& block);
     void visit(Warp& warp);
     void resume(Lane& lane);
+    bool count_sweep(u32 news_patience);
     void advance_time();
     std::string where_everyone_is() const;
     std::string describe(const void* p) const;
     void stop(const std::string& text);
+
+    // ---- live.cpp
+    void run_live();
+    void drain_inbox();
+    void rest();
+    /// The sweep until which a warp may be frozen that should stand still for up to `sweeps`.
+    u64 freeze(u32 sweeps);
 
     // ---- copy_engine.cpp
     void run_copies(Block& block);

@@ -2,98 +2,17 @@
 
 #![allow(unsafe_code)]
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
 use half::bf16;
 
-use crate::engine::host::World;
+use super::mirror::Mirror;
+use crate::engine::World;
+use crate::engine::pool::{Block, Pool};
 use crate::error::Error;
 use crate::numeric::{ScaleFormat, scale_groups};
 use crate::wire::shape::{RecvLayout, RowFormat, RowShape};
-
-/// The pool of one rank: a first-fit allocator over its part of the region.
-pub(crate) struct Pool {
-    world: Arc<World>,
-    rank: usize,
-    state: Mutex<Blocks>,
-}
-
-#[derive(Default)]
-struct Blocks {
-    /// Free blocks, by offset; neighbours are always merged.
-    free: BTreeMap<usize, usize>,
-    /// Blocks given back while the communicator was poisoned: peers may still touch them, until `reset`.
-    retired: Vec<(usize, usize)>,
-}
-
-impl Pool {
-    pub(crate) fn new(world: Arc<World>, rank: usize) -> Self {
-        let free = BTreeMap::from([(world.map.pool, world.map.memory.pool)]);
-        Self { world, rank, state: Mutex::new(Blocks { free, retired: Vec::new() }) }
-    }
-
-    fn blocks(&self) -> MutexGuard<'_, Blocks> {
-        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
-    /// Lends a block of `bytes`, whole lines. An empty one is nowhere: it takes nothing and is never given back.
-    fn take(&self, needed: usize) -> Result<usize, Error> {
-        if needed == 0 {
-            return Ok(self.world.map.pool);
-        }
-        let mut blocks = self.blocks();
-        let Some((&offset, &len)) = blocks.free.iter().find(|(_, len)| **len >= needed) else {
-            return Err(blocks.exhausted(needed));
-        };
-        blocks.free.remove(&offset);
-        if len > needed {
-            blocks.free.insert(offset + needed, len - needed);
-        }
-        Ok(offset)
-    }
-
-    fn give(&self, offset: usize, bytes: usize) {
-        if bytes == 0 {
-            return;
-        }
-        let block = (offset, bytes);
-        let poisoned = self.world.control.fault().is_some();
-        let mut blocks = self.blocks();
-        match poisoned {
-            true => blocks.retired.push(block),
-            false => blocks.release(block),
-        }
-    }
-
-    /// Lends retired blocks again: after a reset no role of the old generation is left.
-    pub(crate) fn revive(&self) {
-        let mut blocks = self.blocks();
-        for block in std::mem::take(&mut blocks.retired) {
-            blocks.release(block);
-        }
-    }
-}
-
-impl Blocks {
-    fn exhausted(&self, needed: usize) -> Error {
-        Error::PoolExhausted { needed, largest: self.free.values().copied().max().unwrap_or(0) }
-    }
-
-    fn release(&mut self, (mut offset, mut len): (usize, usize)) {
-        if let Some((&before, &before_len)) = self.free.range(..offset).next_back()
-            && before + before_len == offset
-        {
-            self.free.remove(&before);
-            (offset, len) = (before, before_len + len);
-        }
-        if let Some(after) = self.free.remove(&(offset + len)) {
-            len += after;
-        }
-        self.free.insert(offset, len);
-    }
-}
 
 /// Where a received row came from.
 #[repr(C)]
@@ -108,33 +27,61 @@ pub struct Source {
 /// Rows in memory that peers of the node touch: the receive buffer of a dispatch, or the experts' outputs of
 /// a combine. It comes from [`Communicator::recv_buffer`](crate::Communicator::recv_buffer) and goes back to
 /// the pool when dropped. An operation that uses it owns it; nobody else touches it in between.
+///
+/// On a CUDA engine the rows lie on the device: [`RecvBuffer::device`] says where. What is looked at from the host is
+/// copied there first, and what was changed there is copied back before the next operation, or before
+/// [`RecvBuffer::device`] returns. Such a copy panics if the device has failed.
 pub struct RecvBuffer {
-    pool: Arc<Pool>,
+    world: World,
+    rank: usize,
+    mirror: Mirror,
+    block: Block,
     pub(crate) communicator: u64,
-    pub(crate) offset: usize,
     pub(crate) layout: RecvLayout,
     pub(crate) rows: usize,
 }
 
+/// Where the parts of a [`RecvBuffer`] lie on its device: addresses of row 0 of each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceParts {
+    /// Elements [capacity, hidden].
+    pub x: u64,
+    /// Scales [capacity, [`RowShape::scale_pitch`] bytes]; of no use for BF16.
+    pub scales: u64,
+    /// Local expert indices, i32 [capacity, topk].
+    pub topk_idx: u64,
+    /// Weights, f32 [capacity, topk].
+    pub topk_weights: u64,
+    /// Source (rank, token), u32 [capacity, 2].
+    pub sources: u64,
+}
+
 impl RecvBuffer {
     pub(crate) fn new(
+        (world, rank): (&World, usize),
         pool: &Arc<Pool>,
         communicator: u64,
         capacity: usize,
         shape: RowShape,
     ) -> Result<Self, Error> {
         let least = capacity.saturating_mul(shape.row_bytes());
-        if least > pool.world.map.memory.pool {
+        if least > pool.bytes() {
             // Not laid out: its size might not fit a usize.
-            return Err(pool.blocks().exhausted(least));
+            return Err(pool.exhausted(least));
         }
         let layout = RecvLayout::new(shape, capacity);
-        let offset = pool.take(layout.bytes)?;
-        Ok(Self { pool: pool.clone(), communicator, offset, layout, rows: 0 })
+        let block = pool.lend(layout.bytes)?;
+        let world = world.clone();
+        Ok(Self { world, rank, mirror: Mirror::default(), block, communicator, layout, rows: 0 })
     }
 
     pub(crate) fn pool(&self) -> &Arc<Pool> {
-        &self.pool
+        self.block.pool()
+    }
+
+    /// Where it lies in the region.
+    pub(crate) fn offset(&self) -> usize {
+        self.block.offset
     }
 
     /// Rows it can hold.
@@ -158,20 +105,57 @@ impl RecvBuffer {
     /// `rows` exceeds the capacity.
     pub fn set_rows(&mut self, rows: usize) {
         assert!(rows <= self.capacity(), "{rows} rows in a buffer of {}", self.capacity());
+        self.settle().unwrap_or_else(lost);
         self.rows = rows;
     }
 
+    /// Where its parts lie on the device, for kernels of the caller's own that read or write them before it is handed
+    /// to an operation; none on a host engine.
+    pub fn device(&mut self) -> Option<DeviceParts> {
+        self.settle().unwrap_or_else(lost);
+        let World::Cuda(world) = &self.world else { return None };
+        let at = |part| world.address(self.rank, self.block.offset + part);
+        let RecvLayout { x, scales, topk_idx, topk_weights, source, .. } = self.layout;
+        Some(DeviceParts {
+            x: at(x),
+            scales: at(scales),
+            topk_idx: at(topk_idx),
+            topk_weights: at(topk_weights),
+            sources: at(source),
+        })
+    }
+
+    /// Makes the host see what a recorded operation has delivered since it looked last, and kernels what the host has
+    /// changed.
+    pub fn refresh(&mut self) {
+        self.settle().unwrap_or_else(lost);
+    }
+
+    /// Makes the rows where kernels see them the only ones: what the host has changed is copied there.
+    pub(crate) fn settle(&mut self) -> Result<(), Error> {
+        match &self.world {
+            World::Host(_) => Ok(()),
+            World::Cuda(world) => self.mirror.settle(world, self.rank),
+        }
+    }
+
     fn part<T: Pod>(&self, part: usize, row_bytes: usize) -> &[T] {
-        let region = &self.pool.world.regions[self.pool.rank];
-        // SAFETY: the block is this buffer's alone: the pool lends it once, peers touch it only during an
-        // operation, which owns the buffer, and `&self` excludes `part_mut`.
-        bytemuck::cast_slice(unsafe { region.slice(self.offset + part, self.rows * row_bytes) })
+        let (offset, bytes) = (self.block.offset + part, self.rows * row_bytes);
+        bytemuck::cast_slice(match &self.world {
+            // SAFETY: the block is this buffer's alone: the pool lends it once, peers touch it only during an
+            // operation, which owns the buffer, and `&self` excludes `part_mut`.
+            World::Host(world) => unsafe { world.regions[self.rank].slice(offset, bytes) },
+            World::Cuda(world) => self.mirror.look(world, self.rank, offset, bytes).unwrap_or_else(lost),
+        })
     }
 
     fn part_mut<T: Pod>(&mut self, part: usize, row_bytes: usize) -> &mut [T] {
-        let region = &self.pool.world.regions[self.pool.rank];
-        // SAFETY: as in `part`; `&mut self` excludes every other access.
-        bytemuck::cast_slice_mut(unsafe { region.slice_mut(self.offset + part, self.rows * row_bytes) })
+        let (offset, bytes) = (self.block.offset + part, self.rows * row_bytes);
+        bytemuck::cast_slice_mut(match &self.world {
+            // SAFETY: as in `part`; `&mut self` excludes every other access.
+            World::Host(world) => unsafe { world.regions[self.rank].slice_mut(offset, bytes) },
+            World::Cuda(world) => self.mirror.change(world, self.rank, offset, bytes).unwrap_or_else(lost),
+        })
     }
 
     /// BF16 rows [R, hidden]. Empty if the rows are FP8.
@@ -232,32 +216,18 @@ impl RecvBuffer {
     }
 }
 
-impl Drop for RecvBuffer {
-    fn drop(&mut self) {
-        self.pool.give(self.offset, self.layout.bytes);
-    }
-}
-
 impl std::fmt::Debug for RecvBuffer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { rows, offset, layout, .. } = self;
+        let Self { rows, layout, .. } = self;
         f.debug_struct("RecvBuffer")
             .field("rows", rows)
-            .field("offset", offset)
+            .field("offset", &self.block.offset)
             .field("layout", layout)
             .finish()
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn neighbours_merge() {
-        let mut blocks = Blocks { free: BTreeMap::from([(0, 64), (128, 64)]), retired: Vec::new() };
-        blocks.release((64, 64));
-        blocks.release((256, 64));
-        assert_eq!(blocks.free, BTreeMap::from([(0, 192), (256, 64)]));
-    }
+/// Rows on a device that has failed can't be looked at. Its operations have said so before, as errors.
+fn lost<T>(error: Error) -> T {
+    panic!("the rows are lost: {error}")
 }

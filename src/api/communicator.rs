@@ -5,34 +5,50 @@
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use super::buffer::{Pool, RecvBuffer};
-use super::input::{Combine, ExpertOutputs, Routing, Tokens, check_size};
+use super::buffer::RecvBuffer;
+use super::device::StreamRef;
+use super::input::{Combine, ExpertOutputs, Routed, Tokens, TokensAt, check_size};
 use super::pending::{
     CombineKeep, CombineOperation, Combined, DispatchKeep, DispatchOperation, Dispatched, Failed, Pending,
     PlanOperation,
 };
+use super::start::{Io, Job};
 use crate::config::Config;
-use crate::engine::host::{CallerBuffers, Engine, Keep, Run, Waiter, World};
-use crate::error::{Error, Kind, Reason, Started, Tensor};
+use crate::device::RawStream;
+use crate::engine::completion::Waiter;
+use crate::engine::cuda::{self, DevicePlan};
+use crate::engine::pool::Pool;
+use crate::engine::{Engine, World};
+use crate::error::{Error, Kind, Reason, Tensor};
+use crate::proto::Input;
 use crate::proto::plan::{self, Plan};
-use crate::proto::{Buffer, Input, Op, OpSpec};
-use crate::wire::region::Lane;
 use crate::wire::shape::{RowFormat, RowShape};
 
 /// A plan, and after the first dispatch the final place of every row: what combine and a cached dispatch
 /// need. Cheap to clone; it works with the communicator that made it, until that is reset.
 #[derive(Debug, Clone)]
 pub struct Handle {
-    pub(crate) plan: Arc<Plan>,
+    pub(super) plan: PlanOf,
     config: Arc<Config>,
     rank: usize,
+}
+
+/// A plan as the engine keeps it.
+#[derive(Debug, Clone)]
+pub(super) enum PlanOf {
+    Host(Arc<Plan>),
+    /// None if there was no room: then its operation is refused, and nobody gets the handle.
+    Device(Option<Arc<DevicePlan>>),
 }
 
 impl Handle {
     /// Rows this rank receives.
     pub fn num_recv_tokens(&self) -> usize {
         let local = self.config.topology().local_of(self.rank);
-        self.plan.arrivals.get().map_or(0, |arrivals| arrivals.rows(local) as usize)
+        match &self.plan {
+            PlanOf::Host(plan) => plan.arrivals.get().map_or(0, |arrivals| arrivals.rows(local) as usize),
+            PlanOf::Device(_) => self.device_counts().map_or(0, |counts| counts.rows),
+        }
     }
 
     /// Entries for each of this rank's experts (ascending ids), each rounded up to a multiple of `alignment`.
@@ -40,38 +56,78 @@ impl Handle {
     /// # Panics
     /// `alignment` is 0.
     pub fn num_recv_tokens_per_expert(&self, alignment: usize) -> Vec<usize> {
-        let counts = self.plan.arrivals.get().map_or(&[][..], |arrivals| arrivals.experts());
+        let counts = match &self.plan {
+            PlanOf::Host(plan) => plan.arrivals.get().map_or(&[][..], |arrivals| arrivals.experts()),
+            PlanOf::Device(_) => self.device_counts().map_or(&[][..], |counts| &counts.experts),
+        };
         counts.iter().map(|&count| (count as usize).next_multiple_of(alignment)).collect()
     }
 
     /// Tokens of this rank, T.
     pub fn num_tokens(&self) -> usize {
-        self.plan.routing.tokens()
+        match &self.plan {
+            PlanOf::Host(plan) => plan.routing.tokens(),
+            PlanOf::Device(plan) => plan.as_ref().map_or(0, |plan| plan.tokens),
+        }
     }
 
     /// Entries per token, K.
     pub fn topk(&self) -> usize {
-        self.plan.routing.topk()
+        match &self.plan {
+            PlanOf::Host(plan) => plan.routing.topk(),
+            PlanOf::Device(plan) => plan.as_ref().map_or(1, |plan| plan.topk),
+        }
     }
 
     /// Tokens of this rank that cross hop 1, counted once per remote node.
     pub fn num_hop1_tokens(&self) -> usize {
+        let PlanOf::Host(plan) = &self.plan else {
+            return self.device_counts().map_or(0, |counts| counts.sent);
+        };
         let own = self.config.topology().node_of(self.rank);
         let remote = (0..self.config.topology().nodes()).filter(|&node| node != own);
         let on = |node| (0..self.config.channels()).map(move |channel| (channel, node));
-        remote.flat_map(on).map(|(c, node)| self.plan.sends.targets(&self.config, c, node).len()).sum()
+        remote.flat_map(on).map(|(c, node)| plan.sends.targets(&self.config, c, node).len()).sum()
+    }
+
+    fn device_counts(&self) -> Option<&cuda::Counts> {
+        let PlanOf::Device(Some(plan)) = &self.plan else { return None };
+        plan.counts.get()
+    }
+
+    /// Who made it, and when.
+    fn origin(&self) -> Option<(u64, u16)> {
+        match &self.plan {
+            PlanOf::Host(plan) => Some((plan.communicator, plan.generation)),
+            PlanOf::Device(plan) => plan.as_ref().map(|plan| (plan.communicator, plan.generation)),
+        }
     }
 }
 
 /// While any of these lives, the rank is present; with the last one it departs.
 pub(crate) struct Presence {
-    world: Arc<World>,
+    world: World,
     rank: usize,
 }
 
 impl Drop for Presence {
     fn drop(&mut self) {
         self.world.depart(self.rank);
+    }
+}
+
+/// An operation under way, whoever runs it.
+pub(crate) struct Started {
+    pub waiter: Waiter,
+    /// The kernels, on a CUDA engine.
+    pub on_device: Option<(Arc<cuda::World>, Arc<cuda::Run>)>,
+}
+
+impl Started {
+    pub fn before(&self, stream: StreamRef) -> Result<(), Error> {
+        let Some((world, run)) = &self.on_device else { return Ok(()) };
+        // SAFETY: the stream is alive by the contract of `StreamRef::from_raw`.
+        unsafe { world.before(run, stream.0) }
     }
 }
 
@@ -87,13 +143,16 @@ impl Drop for Presence {
 pub struct Communicator {
     rank: usize,
     id: u64,
-    generation: u16,
-    epoch: u64,
-    turns: [u64; 2],
-    agreement: u64,
-    pool: Arc<Pool>,
+    pub(super) generation: u16,
+    pub(super) epoch: u64,
+    pub(super) turns: [u64; 2],
+    pub(super) agreement: u64,
+    /// The caller's stream for what is started next.
+    pub(super) stream: Option<RawStream>,
+    pub(super) pool: Arc<Pool>,
     presence: Arc<Presence>,
     engine: Arc<Engine>,
+    pub(super) world: World,
 }
 
 impl Communicator {
@@ -102,13 +161,15 @@ impl Communicator {
         Self {
             rank,
             id,
-            generation: world.control.generation(),
+            generation: world.control().generation(),
             epoch: 0,
             turns: [0; 2],
-            agreement: world.config.agreement_hash(),
-            pool: Arc::new(Pool::new(world.clone(), rank)),
+            agreement: world.config().agreement_hash(),
+            stream: None,
+            pool: Arc::new(Pool::new(world.map(), world.control().clone())),
             presence: Arc::new(Presence { world: world.clone(), rank }),
             engine: engine.clone(),
+            world,
         }
     }
 
@@ -119,7 +180,7 @@ impl Communicator {
 
     /// The configuration of the world.
     pub fn config(&self) -> &Config {
-        &self.engine.world().config
+        self.world.config()
     }
 
     /// A buffer for `rows` rows of `shape` from the pool.
@@ -128,24 +189,46 @@ impl Communicator {
     /// [`Error::PoolExhausted`]; [`Error::Refused`] if rings could not carry rows of this shape.
     pub fn recv_buffer(&self, rows: usize, shape: RowShape) -> Result<RecvBuffer, Error> {
         shape.check(self.config()).map_err(|reason| Error::Refused { rank: self.rank, reason })?;
-        RecvBuffer::new(&self.pool, self.id, rows, shape)
+        RecvBuffer::new((&self.world, self.rank), &self.pool, self.id, rows, shape)
+    }
+
+    /// Enqueues what is started from now on, on `stream` (none: on streams of the engine's own, one for dispatches and
+    /// one for combines). Operations of one kind stay in order whatever streams they are on. Without effect on a host
+    /// engine.
+    pub fn use_stream(&mut self, stream: Option<StreamRef>) {
+        self.stream = stream.map(|stream| stream.0);
+    }
+
+    /// Makes what is started from now on wait for all that is on `stream` by now: for kernels of the caller's that
+    /// make its input. On a host engine there are no streams, and nothing to do.
+    ///
+    /// # Errors
+    /// The device has failed.
+    pub fn after(&mut self, stream: StreamRef) -> Result<(), Error> {
+        match &self.world {
+            World::Host(_) => Ok(()),
+            // SAFETY: the streams are alive by the contract of `StreamRef::from_raw`.
+            World::Cuda(world) => unsafe { world.after(self.rank, stream.0, self.stream) },
+        }
     }
 
     /// Exchanges counts: after it every rank knows how many rows it receives, and where each goes.
     ///
     /// # Errors
     /// See [`Pending::wait`].
-    pub fn plan(&mut self, routing: Routing<'_>) -> Result<Handle, Error> {
+    pub fn plan<'a>(&mut self, routing: impl Into<Routed<'a>>) -> Result<Handle, Error> {
         Ok(self.start_plan(routing).wait()?)
     }
 
     /// The split form of [`Communicator::plan`].
-    pub fn start_plan(&mut self, routing: Routing<'_>) -> Pending<PlanOperation> {
-        let (handle, poison) = self.new_plan(routing);
+    pub fn start_plan<'a>(&mut self, routing: impl Into<Routed<'a>>) -> Pending<PlanOperation> {
+        let routing = routing.into();
+        let (handle, poison) = self.new_plan(&routing);
         let shape = RowShape { hidden: 0, topk: handle.topk(), format: RowFormat::Bf16 };
-        let spec = self.spec(Kind::Plan, &handle.plan, shape, 0, poison, None);
-        let run = self.start(spec, Arc::new(()), Buffers::none());
-        self.pending(run, PlanOperation { handle })
+        let job = Job { kind: Kind::Plan, shape, weights: 0, poison, handle: &handle, buffer: None };
+        // SAFETY: there is nothing to keep in place.
+        let started = unsafe { self.start(job, Io::of(&routing), Arc::new(())) };
+        self.pending(started, PlanOperation { handle })
     }
 
     /// Sends `x` [T, hidden] by the plan of `handle` into every rank's `buffer`. The first dispatch with a
@@ -170,7 +253,7 @@ impl Communicator {
         buffer: RecvBuffer,
     ) -> Pending<DispatchOperation<X>> {
         let poison = self.check_handle(handle).err();
-        self.start_rows(Kind::Dispatch, handle.clone(), x, buffer, poison)
+        self.start_rows(Kind::Dispatch, (handle.clone(), poison), Io::default(), x, buffer)
     }
 
     /// Plan and dispatch in one operation: hop 1 overlaps the exchange of counts. `buffer` must hold what
@@ -178,9 +261,9 @@ impl Communicator {
     ///
     /// # Errors
     /// See [`Pending::wait`].
-    pub fn plan_dispatch<X: Tokens>(
+    pub fn plan_dispatch<'a, X: Tokens>(
         &mut self,
-        routing: Routing<'_>,
+        routing: impl Into<Routed<'a>>,
         x: X,
         buffer: RecvBuffer,
     ) -> Result<Dispatched<X>, Failed<(X, Option<RecvBuffer>)>> {
@@ -188,23 +271,24 @@ impl Communicator {
     }
 
     /// The split form of [`Communicator::plan_dispatch`].
-    pub fn start_plan_dispatch<X: Tokens>(
+    pub fn start_plan_dispatch<'a, X: Tokens>(
         &mut self,
-        routing: Routing<'_>,
+        routing: impl Into<Routed<'a>>,
         x: X,
         buffer: RecvBuffer,
     ) -> Pending<DispatchOperation<X>> {
-        let (handle, poison) = self.new_plan(routing);
-        self.start_rows(Kind::PlanDispatch, handle, x, buffer, poison)
+        let routing = routing.into();
+        let (handle, poison) = self.new_plan(&routing);
+        self.start_rows(Kind::PlanDispatch, (handle, poison), Io::of(&routing), x, buffer)
     }
 
     fn start_rows<X: Tokens>(
         &mut self,
         kind: Kind,
-        handle: Handle,
+        (handle, poison): (Handle, Option<Reason>),
+        io: Io<'_>,
         x: X,
-        buffer: RecvBuffer,
-        poison: Option<Reason>,
+        mut buffer: RecvBuffer,
     ) -> Pending<DispatchOperation<X>> {
         let shape = buffer.shape();
         let check = || {
@@ -213,14 +297,18 @@ impl Communicator {
             x.check(handle.num_tokens(), &shape)
         };
         let poison = poison.or_else(|| check().err());
-        let spec = self.spec(kind, &handle.plan, shape, 0, poison, Some(&buffer));
+        let settled = buffer.settle();
         let kept = Arc::new(DispatchKeep { x, buffer });
-        let input = if poison.is_none() { kept.x.view() } else { Input::None };
-        // SAFETY: `kept` owns the tokens and is kept by the run; nobody has them mutably, for `kept` is
-        // shared from here until the run is over.
-        let buffers = unsafe { CallerBuffers::new(input, &mut [], &mut []) };
-        let run = self.start(spec, kept.clone(), Buffers(buffers));
-        self.pending(run, DispatchOperation { handle, _input: PhantomData })
+        let job = Job { kind, shape, weights: 0, poison, handle: &handle, buffer: Some(&kept.buffer) };
+        let io = Io { rows: kept.x.view(), ..io };
+        let started = match settled {
+            // SAFETY: `kept` owns the tokens and is kept by the operation; nobody has them mutably, for `kept` is
+            // shared from here until that is over.
+            Ok(()) => unsafe { self.start(job, io, kept.clone()) },
+            Err(error) => Started::failed(kept.clone(), error),
+        };
+        drop(kept);
+        self.pending(started, DispatchOperation { handle, _input: PhantomData })
     }
 
     /// Brings the experts' outputs home and sums them: for each token, the rows of a node in ascending local
@@ -243,54 +331,62 @@ impl Communicator {
         mut input: Combine<Y>,
     ) -> Pending<CombineOperation<Y>> {
         let topk = handle.topk();
-        let (copied, mut poison) = match input.outputs.in_place() {
+        let (mut copied, mut poison) = match input.outputs.in_place() {
             Some(_) => (None, None),
             None => match input.outputs.copied(self, topk) {
                 Ok(buffer) => (Some(buffer), None),
                 Err(reason) => (None, Some(reason)),
             },
         };
-        let buffer = copied.as_ref().or(input.outputs.in_place());
         if let Some(buffer) = &copied {
             let bytes = buffer.rows() * buffer.shape().row_bytes();
             tracing::debug!(rank = self.rank, bytes, "expert outputs copied to where peers can read them");
         }
-        let shape = buffer.map_or(RowShape { hidden: 0, topk, format: RowFormat::Bf16 }, RecvBuffer::shape);
-        let elements = handle.num_tokens() * shape.hidden;
-        let check = || {
-            self.check_handle(handle)?;
-            if !handle.plan.is_dispatched() {
-                return Err(Reason::NotDispatched);
-            }
-            let buffer = buffer.ok_or(Reason::FormatMismatch)?;
-            self.check_buffer(buffer)?;
-            if shape.format != RowFormat::Bf16 {
-                return Err(Reason::FormatMismatch);
-            }
-            check_size(Tensor::TopkIdx, topk, shape.topk)?;
-            check_size(
-                Tensor::ExpertOutputs,
-                handle.num_recv_tokens() * shape.hidden,
-                buffer.rows() * shape.hidden,
-            )?;
-            input.bias.as_ref().map_or(Ok(()), |bias| check_size(Tensor::Bias, elements, bias.len()))
-        };
-        poison = poison.or_else(|| check().err());
-        let weights = if input.with_weights { topk } else { 0 };
-        let spec = self.spec(Kind::Combine, &handle.plan, shape, weights, poison, buffer);
+        let mut buffer = copied.as_mut().or(input.outputs.in_place());
+        let settled = buffer.as_mut().map_or(Ok(()), |buffer| buffer.settle());
+        let shape =
+            buffer.as_ref().map_or(RowShape { hidden: 0, topk, format: RowFormat::Bf16 }, |b| b.shape());
+        poison = poison.or_else(|| self.check_outputs(handle, buffer.as_deref()).err());
+        let (elements, weights) =
+            (handle.num_tokens() * shape.hidden, if input.with_weights { topk } else { 0 });
+        poison = poison.or_else(|| input.check(elements, handle.num_tokens() * weights).err());
         let mut summed = Vec::new();
         if poison.is_none() {
-            input.out.resize(elements, half::bf16::ZERO);
-            summed.resize(handle.num_tokens() * weights, 0.0);
+            let on_host = |on_device: bool, elements| if on_device { 0 } else { elements };
+            input.out.resize(on_host(input.on_device.out.is_some(), elements), half::bf16::ZERO);
+            let weights = handle.num_tokens() * weights;
+            summed.resize(on_host(input.on_device.weights.is_some(), weights), 0.0);
         }
-        let bias = input.bias.clone();
-        let bias = bias.as_deref().filter(|_| poison.is_none()).map_or(Input::None, Input::Bf16);
-        // SAFETY: bias and output buffers live on the heap, owned by what the run keeps; moving their owners
-        // below does not move them, and nobody touches them before the run is over.
-        let buffers = unsafe { CallerBuffers::new(bias, &mut input.out, &mut summed) };
-        let run =
-            self.start(spec, Arc::new(CombineKeep { input, copied, weights: summed }), Buffers(buffers));
-        self.pending(run, CombineOperation { _outputs: PhantomData })
+        let (bias, out) = (input.bias.clone(), super::start::Out::of(&mut input, &mut summed));
+        let on_device = input.on_device.bias_rows();
+        let rows = bias.as_deref().map_or(on_device, |bias| TokensAt::Host(Input::Bf16(bias)));
+        let kept = Arc::new(CombineKeep { input, copied, weights: summed });
+        let buffer = kept.buffer();
+        let job = Job { kind: Kind::Combine, shape, weights, poison, handle, buffer };
+        let started = match settled {
+            // SAFETY: bias and output buffers live on the heap, owned by what the operation keeps; moving their owners
+            // has not moved them, and nobody touches them before it is over.
+            Ok(()) => unsafe { self.start(job, Io { rows, out, ..Io::default() }, kept.clone()) },
+            Err(error) => Started::failed(kept.clone(), error),
+        };
+        drop(kept);
+        self.pending(started, CombineOperation { _outputs: PhantomData })
+    }
+
+    fn check_outputs(&self, handle: &Handle, buffer: Option<&RecvBuffer>) -> Result<(), Reason> {
+        self.check_handle(handle)?;
+        // Kernels know by themselves.
+        if matches!(&handle.plan, PlanOf::Host(plan) if !plan.is_dispatched()) {
+            return Err(Reason::NotDispatched);
+        }
+        let buffer = buffer.ok_or(Reason::FormatMismatch)?;
+        self.check_buffer(buffer)?;
+        let RowShape { hidden, topk, format } = buffer.shape();
+        if format != RowFormat::Bf16 {
+            return Err(Reason::FormatMismatch);
+        }
+        check_size(Tensor::TopkIdx, handle.topk(), topk)?;
+        check_size(Tensor::ExpertOutputs, handle.num_recv_tokens() * hidden, buffer.rows() * hidden)
     }
 
     /// After a fault: meets all ranks of the world, stops what is left of the old operations and makes the
@@ -299,88 +395,73 @@ impl Communicator {
     /// # Errors
     /// [`Error::ResetIncomplete`] names the ranks that did not call it within the deadline, or that have left.
     pub fn reset(&mut self) -> Result<(), Error> {
-        let world = self.engine.world();
-        world.reset(self.rank)?;
-        self.generation = world.control.generation();
+        self.world.reset(self.rank)?;
+        self.generation = self.world.control().generation();
         (self.epoch, self.turns) = (0, [0; 2]);
         self.pool.revive();
         Ok(())
     }
 
-    fn new_plan(&self, routing: Routing<'_>) -> (Handle, Option<Reason>) {
-        let world = self.engine.world();
-        let Routing { topk, topk_idx, topk_weights } = routing;
-        let checked = plan::Routing::new(&world.config, topk, topk_idx, topk_weights.into());
+    pub(super) fn new_plan(&self, routing: &Routed<'_>) -> (Handle, Option<Reason>) {
+        let (plan, poison) = match &self.world {
+            World::Host(world) => self.host_plan(world, routing),
+            World::Cuda(world) => self.device_plan(world, routing),
+        };
+        (Handle { plan, config: self.world.config().clone(), rank: self.rank }, poison)
+    }
+
+    fn host_plan(
+        &self,
+        world: &crate::engine::host::World,
+        routing: &Routed<'_>,
+    ) -> (PlanOf, Option<Reason>) {
+        let (topk, checked) = match routing {
+            Routed::Host(routing) => {
+                let weights = routing.topk_weights.into();
+                (routing.topk, plan::Routing::new(&world.config, routing.topk, routing.topk_idx, weights))
+            }
+            Routed::Device(routing) => (routing.topk, Err(Reason::WrongMemory)),
+        };
         let poison = checked.as_ref().err().copied();
         let routing = checked.unwrap_or_else(|_| plan::Routing::empty(topk));
         let id = (self.id, self.generation, self.epoch);
-        let plan = Arc::new(Plan::new(&world.config, world.map.counts(), id, routing));
-        (Handle { plan, config: world.config.clone(), rank: self.rank }, poison)
+        (PlanOf::Host(Arc::new(Plan::new(&world.config, world.map.counts(), id, routing))), poison)
     }
 
-    fn check_handle(&self, handle: &Handle) -> Result<(), Reason> {
-        if handle.plan.communicator != self.id || handle.rank != self.rank {
+    fn device_plan(&self, world: &cuda::World, routing: &Routed<'_>) -> (PlanOf, Option<Reason>) {
+        let checked = routing.check(&world.config);
+        let tokens = checked.unwrap_or(0);
+        // A plan of a refused routing holds nothing, and any number of entries will do.
+        let topk = if checked.is_ok() { routing.topk() } else { 1 };
+        match DevicePlan::new(&world.config, &self.pool, (self.id, self.generation), tokens, topk) {
+            Ok(plan) => (PlanOf::Device(Some(Arc::new(plan))), checked.err()),
+            Err(error) => (PlanOf::Device(None), checked.err().or(Some(super::start::no_room(&error)))),
+        }
+    }
+
+    pub(super) fn check_handle(&self, handle: &Handle) -> Result<(), Reason> {
+        let Some((communicator, generation)) = handle.origin() else { return Err(Reason::Foreign) };
+        if communicator != self.id || handle.rank != self.rank {
             return Err(Reason::Foreign);
         }
-        match handle.plan.generation == self.generation {
+        match generation == self.generation {
             true => Ok(()),
             false => Err(Reason::StaleHandle),
         }
     }
 
-    fn check_buffer(&self, buffer: &RecvBuffer) -> Result<(), Reason> {
+    pub(super) fn check_buffer(&self, buffer: &RecvBuffer) -> Result<(), Reason> {
         match buffer.communicator == self.id && Arc::ptr_eq(buffer.pool(), &self.pool) {
             true => Ok(()),
             false => Err(Reason::Foreign),
         }
     }
 
-    fn spec(
-        &self,
-        kind: Kind,
-        plan: &Arc<Plan>,
-        shape: RowShape,
-        weights: usize,
-        poison: Option<Reason>,
-        buffer: Option<&RecvBuffer>,
-    ) -> OpSpec {
-        let started = Started {
-            kind,
-            epoch: self.epoch,
-            hidden: shape.hidden as u32,
-            topk: shape.topk as u32,
-            format: shape.format.code() | u32::from(weights > 0) << 8,
-            plan: plan.epoch,
-            config: self.agreement,
-        };
-        let at = |b: &RecvBuffer| Buffer::new(&b.layout, b.offset);
-        let buffer = buffer.filter(|_| poison.is_none()).map_or(Buffer::none(), at);
-        OpSpec { started, shape, weights, poison, buffer, plan: plan.clone() }
+    pub(super) fn engine(&self) -> &Arc<Engine> {
+        &self.engine
     }
 
-    fn start(&mut self, spec: OpSpec, kept: Keep, buffers: Buffers) -> Waiter {
-        let world = self.engine.world();
-        let lane = Lane::of(spec.started.kind);
-        let turn = self.turns[lane as usize];
-        self.turns[lane as usize] += 1;
-        self.epoch += 1;
-        let op = Op::new(world.config.clone(), world.map.clone(), self.rank, self.generation, turn, spec);
-        let run = Arc::new(Run::new(Arc::new(op), self.rank, buffers.0, kept));
-        world.submit(run.clone());
-        Waiter::new(run)
-    }
-
-    fn pending<O>(&self, run: Waiter, operation: O) -> Pending<O> {
-        Pending { run, operation, _presence: self.presence.clone(), _engine: self.engine.clone() }
-    }
-}
-
-/// The caller's buffers, as the engine takes them.
-struct Buffers(CallerBuffers);
-
-impl Buffers {
-    fn none() -> Self {
-        // SAFETY: there is nothing to keep in place.
-        Self(unsafe { CallerBuffers::new(Input::None, &mut [], &mut []) })
+    fn pending<O>(&self, started: Started, operation: O) -> Pending<O> {
+        Pending { started, operation, _presence: self.presence.clone(), _engine: self.engine.clone() }
     }
 }

@@ -6,10 +6,58 @@ use half::bf16;
 
 use super::buffer::RecvBuffer;
 use super::communicator::Communicator;
+use super::device::{DeviceRouting, DeviceSlice};
+use crate::config::Config;
 use crate::error::{Error, Reason, Tensor};
 use crate::numeric::{ScaleFormat, scale_groups};
 use crate::proto::{Input, ScaleView};
-use crate::wire::shape::{RowFormat, RowShape};
+use crate::wire::shape::{RowFormat, RowShape, check_topk};
+
+/// Routing on the host or on the device.
+pub enum Routed<'a> {
+    /// On the host.
+    Host(Routing<'a>),
+    /// On the device.
+    Device(DeviceRouting),
+}
+
+impl Routed<'_> {
+    /// Entries per token.
+    pub(crate) fn topk(&self) -> usize {
+        match self {
+            Self::Host(routing) => routing.topk,
+            Self::Device(routing) => routing.topk,
+        }
+    }
+
+    /// Whether kernels can take it; its tokens. They check the experts.
+    pub(crate) fn check(&self, config: &Config) -> Result<usize, Reason> {
+        let (topk, entries, weights) = match self {
+            Self::Host(routing) => (routing.topk, routing.topk_idx.len(), routing.topk_weights.len()),
+            Self::Device(routing) => (routing.topk, routing.topk_idx.len(), routing.topk_weights.len()),
+        };
+        check_topk(topk, config)?;
+        let tokens = entries / topk;
+        check_size(Tensor::TopkIdx, tokens * topk, entries)?;
+        check_size(Tensor::TopkWeights, entries, weights)?;
+        match tokens <= config.max_tokens {
+            true => Ok(tokens),
+            false => Err(Reason::TooManyTokens { tokens: tokens as u64, max: config.max_tokens as u64 }),
+        }
+    }
+}
+
+impl<'a> From<Routing<'a>> for Routed<'a> {
+    fn from(routing: Routing<'a>) -> Self {
+        Self::Host(routing)
+    }
+}
+
+impl From<DeviceRouting> for Routed<'_> {
+    fn from(routing: DeviceRouting) -> Self {
+        Self::Device(routing)
+    }
+}
 
 /// Which experts each token goes to, and with which weights. It is copied when an operation starts.
 #[derive(Debug, Clone, Copy)]
@@ -28,19 +76,36 @@ pub trait Tokens: sealed::Tokens {}
 
 impl<B: sealed::Tokens> Tokens for B {}
 
+/// Where tokens are.
+pub enum TokensAt<'a> {
+    /// On the host.
+    Host(Input<'a>),
+    /// On the device: rows, and where they are E4M3 their scales.
+    Device {
+        /// Address of the rows.
+        x: u64,
+        /// Address of the scales; 0 for none.
+        scales: u64,
+        /// Elements between tokens and between groups.
+        scale_strides: (u64, u64),
+    },
+}
+
 pub(crate) mod sealed {
     use super::*;
 
     pub trait Tokens: Send + Sync + 'static {
         /// The rows. They stay where they are while `self` is borrowed.
-        fn view(&self) -> Input<'_>;
+        fn view(&self) -> TokensAt<'_>;
         /// Whether these are `tokens` rows of `shape`.
         fn check(&self, tokens: usize, shape: &RowShape) -> Result<(), Reason>;
     }
 
     pub trait ExpertOutputs: Sized + Send + Sync + 'static {
         /// Where the rows are, if peers can read them there.
-        fn in_place(&self) -> Option<&RecvBuffer>;
+        fn in_place(&mut self) -> Option<&mut RecvBuffer>;
+        /// The same.
+        fn buffer(&self) -> Option<&RecvBuffer>;
         /// The rows copied to where peers can read them; called if they are not in place.
         fn copied(&self, communicator: &Communicator, topk: usize) -> Result<RecvBuffer, Reason>;
         /// Given back after a fault: not if peers may still read it.
@@ -57,8 +122,8 @@ pub(crate) fn check_size(tensor: Tensor, expected: usize, got: usize) -> Result<
 }
 
 impl<B: AsRef<[bf16]> + Send + Sync + 'static> sealed::Tokens for B {
-    fn view(&self) -> Input<'_> {
-        Input::Bf16(self.as_ref())
+    fn view(&self) -> TokensAt<'_> {
+        TokensAt::Host(Input::Bf16(self.as_ref()))
     }
 
     fn check(&self, tokens: usize, shape: &RowShape) -> Result<(), Reason> {
@@ -109,18 +174,21 @@ pub enum ScaleOrder {
     },
 }
 
+impl ScaleOrder {
+    /// Elements between tokens and between groups.
+    pub(crate) fn strides(self) -> (usize, usize) {
+        match self {
+            Self::RowMajor { pitch } => (pitch, 1),
+            Self::ColumnMajor { pitch } => (1, pitch),
+        }
+    }
+}
+
 impl Scales {
     fn format(&self) -> ScaleFormat {
         match self.data {
             ScaleData::F32(_) => ScaleFormat::F32,
             ScaleData::Ue8m0(_) => ScaleFormat::Ue8m0,
-        }
-    }
-
-    fn strides(&self) -> (usize, usize) {
-        match self.order {
-            ScaleOrder::RowMajor { pitch } => (pitch, 1),
-            ScaleOrder::ColumnMajor { pitch } => (1, pitch),
         }
     }
 
@@ -130,35 +198,38 @@ impl Scales {
             ScaleData::Ue8m0(data) => bytemuck::cast_slice(data),
         }
     }
+}
 
-    fn check(&self, tokens: usize, hidden: usize) -> Result<(), Reason> {
-        let elements = match self.data {
-            ScaleData::F32(_) => scale_groups(hidden),
-            ScaleData::Ue8m0(_) => scale_groups(hidden).div_ceil(4),
-        };
-        let (token, group) = self.strides();
-        let Some(last) = tokens.checked_sub(1) else { return Ok(()) };
-        // Pitches are the caller's: any number.
-        let last = last.saturating_mul(token).saturating_add((elements - 1).saturating_mul(group));
-        let needed = last.saturating_add(1);
-        let wide_enough = match self.order {
-            ScaleOrder::RowMajor { pitch } => pitch >= elements,
-            ScaleOrder::ColumnMajor { pitch } => pitch >= tokens,
-        };
-        let got = self.bytes().len() / 4;
-        match wide_enough && got >= needed {
-            true => Ok(()),
-            false => {
-                check_size(Tensor::Scales, (tokens * elements).max(needed), got.min(tokens * elements - 1))
-            }
-        }
+/// `len` elements of scales in `order` are enough for `tokens` rows of `hidden` elements.
+pub(crate) fn check_scales(
+    (format, order, len): (ScaleFormat, ScaleOrder, usize),
+    tokens: usize,
+    hidden: usize,
+) -> Result<(), Reason> {
+    let elements = match format {
+        ScaleFormat::F32 => scale_groups(hidden),
+        ScaleFormat::Ue8m0 => scale_groups(hidden).div_ceil(4),
+    };
+    let (token, group) = order.strides();
+    let Some(last) = tokens.checked_sub(1) else { return Ok(()) };
+    // Pitches are the caller's: any number.
+    let last = last.saturating_mul(token).saturating_add((elements - 1).saturating_mul(group));
+    let needed = last.saturating_add(1);
+    let wide_enough = match order {
+        ScaleOrder::RowMajor { pitch } => pitch >= elements,
+        ScaleOrder::ColumnMajor { pitch } => pitch >= tokens,
+    };
+    match wide_enough && len >= needed {
+        true => Ok(()),
+        false => check_size(Tensor::Scales, (tokens * elements).max(needed), len.min(tokens * elements - 1)),
     }
 }
 
 impl<C: AsRef<[u8]> + Send + Sync + 'static> sealed::Tokens for Fp8Tokens<C> {
-    fn view(&self) -> Input<'_> {
-        let (token_stride, group_stride) = self.scales.strides();
-        Input::E4m3(self.codes.as_ref(), ScaleView { bytes: self.scales.bytes(), token_stride, group_stride })
+    fn view(&self) -> TokensAt<'_> {
+        let (token_stride, group_stride) = self.scales.order.strides();
+        let scales = ScaleView { bytes: self.scales.bytes(), token_stride, group_stride };
+        TokensAt::Host(Input::E4m3(self.codes.as_ref(), scales))
     }
 
     fn check(&self, tokens: usize, shape: &RowShape) -> Result<(), Reason> {
@@ -166,7 +237,8 @@ impl<C: AsRef<[u8]> + Send + Sync + 'static> sealed::Tokens for Fp8Tokens<C> {
             return Err(Reason::FormatMismatch);
         }
         check_size(Tensor::X, tokens * shape.hidden, self.codes.as_ref().len())?;
-        self.scales.check(tokens, shape.hidden)
+        let Scales { order, .. } = self.scales;
+        check_scales((self.scales.format(), order, self.scales.bytes().len() / 4), tokens, shape.hidden)
     }
 }
 
@@ -177,7 +249,11 @@ pub trait ExpertOutputs: sealed::ExpertOutputs {}
 impl<Y: sealed::ExpertOutputs> ExpertOutputs for Y {}
 
 impl sealed::ExpertOutputs for RecvBuffer {
-    fn in_place(&self) -> Option<&RecvBuffer> {
+    fn in_place(&mut self) -> Option<&mut RecvBuffer> {
+        Some(self)
+    }
+
+    fn buffer(&self) -> Option<&RecvBuffer> {
         Some(self)
     }
 
@@ -202,7 +278,11 @@ pub struct Rows<B> {
 }
 
 impl<B: AsRef<[bf16]> + Send + Sync + 'static> sealed::ExpertOutputs for Rows<B> {
-    fn in_place(&self) -> Option<&RecvBuffer> {
+    fn in_place(&mut self) -> Option<&mut RecvBuffer> {
+        None
+    }
+
+    fn buffer(&self) -> Option<&RecvBuffer> {
         None
     }
 
@@ -239,17 +319,43 @@ pub struct Combine<Y> {
     pub(crate) bias: Option<Arc<[bf16]>>,
     pub(crate) out: Vec<bf16>,
     pub(crate) with_weights: bool,
+    pub(crate) on_device: OnDevice,
+}
+
+/// What of a combine lies on the device, instead of the host.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct OnDevice {
+    pub bias: Option<DeviceSlice<bf16>>,
+    pub out: Option<DeviceSlice<bf16>>,
+    pub weights: Option<DeviceSlice<f32>>,
+}
+
+impl OnDevice {
+    /// The bias.
+    pub fn bias_rows(&self) -> TokensAt<'static> {
+        match &self.bias {
+            Some(bias) => TokensAt::Device { x: bias.address(), scales: 0, scale_strides: (0, 0) },
+            None => TokensAt::Host(Input::None),
+        }
+    }
 }
 
 impl<Y: ExpertOutputs> Combine<Y> {
     /// Combines the experts' `outputs`.
     pub fn new(outputs: Y) -> Self {
-        Self { outputs, bias: None, out: Vec::new(), with_weights: false }
+        let on_device = OnDevice::default();
+        Self { outputs, bias: None, out: Vec::new(), with_weights: false, on_device }
     }
 
     /// Adds `bias` [T, hidden] to the sums, last.
     pub fn bias(mut self, bias: Arc<[bf16]>) -> Self {
         self.bias = Some(bias);
+        self
+    }
+
+    /// Adds `bias` [T, hidden] in device memory to the sums, last.
+    pub fn device_bias(mut self, bias: DeviceSlice<bf16>) -> Self {
+        self.on_device.bias = Some(bias);
         self
     }
 
@@ -259,11 +365,32 @@ impl<Y: ExpertOutputs> Combine<Y> {
         self
     }
 
+    /// Writes the result into `out` [T, hidden] in device memory; [`Combined::x`](crate::Combined::x) stays empty.
+    pub fn device_out(mut self, out: DeviceSlice<bf16>) -> Self {
+        self.on_device.out = Some(out);
+        self
+    }
+
     /// Also sums the outputs' `topk_weights` [R, topk] and returns them [T, topk]: the backward of dispatch
     /// needs the gradients of the weights. Every rank must ask for it.
     pub fn with_topk_weights(mut self) -> Self {
         self.with_weights = true;
         self
+    }
+
+    /// The same, into `weights` [T, topk] in device memory.
+    pub fn with_device_topk_weights(mut self, weights: DeviceSlice<f32>) -> Self {
+        self.on_device.weights = Some(weights);
+        self.with_topk_weights()
+    }
+
+    /// Whether bias and results are of a size: so many elements, so many weights.
+    pub(crate) fn check(&self, elements: usize, weights: usize) -> Result<(), Reason> {
+        let OnDevice { bias, out, weights: sums } = &self.on_device;
+        let bias = self.bias.as_ref().map(|bias| bias.len()).or(bias.as_ref().map(DeviceSlice::len));
+        bias.map_or(Ok(()), |len| check_size(Tensor::Bias, elements, len))?;
+        out.as_ref().map_or(Ok(()), |out| check_size(Tensor::Out, elements, out.len()))?;
+        sums.as_ref().map_or(Ok(()), |sums| check_size(Tensor::TopkWeights, weights, sums.len()))
     }
 
     /// The outputs and the result buffer, as they were handed in.

@@ -5,16 +5,18 @@ use std::sync::Arc;
 use half::bf16;
 
 use super::buffer::RecvBuffer;
-use super::communicator::{Handle, Presence};
+use super::communicator::{Handle, Presence, Started};
+use super::device::StreamRef;
 use super::input::{Combine, ExpertOutputs, Tokens};
-use crate::engine::host::{Engine, Keep, Waiter};
+use crate::engine::Engine;
+use crate::engine::completion::Keep;
 use crate::error::Error;
 
 /// An operation that was started. The engine works on it whether or not anybody waits; dropping or forgetting
 /// it loses the result and nothing else: its buffers live until the engine is done with them.
 #[must_use = "the result and the buffers come back by `wait`"]
 pub struct Pending<O> {
-    pub(crate) run: Waiter,
+    pub(crate) started: Started,
     pub(crate) operation: O,
     // Dropped last: the rank counts as present, and the workers run, while an operation is under way.
     pub(crate) _presence: Arc<Presence>,
@@ -24,7 +26,16 @@ pub struct Pending<O> {
 impl<O: Operation> Pending<O> {
     /// Whether [`Pending::wait`] would return at once.
     pub fn is_done(&self) -> bool {
-        self.run.is_finished()
+        self.started.waiter.is_finished()
+    }
+
+    /// Makes what is enqueued on `stream` from now on wait for the operation, so that kernels of the caller's may use
+    /// its results without the host. On a host engine there are no streams, and nothing to do.
+    ///
+    /// # Errors
+    /// The device has failed.
+    pub fn before(&self, stream: StreamRef) -> Result<(), Error> {
+        self.started.before(stream)
     }
 
     /// Waits for the operation and takes back what it owned.
@@ -34,8 +45,8 @@ impl<O: Operation> Pending<O> {
     /// communicator works on. [`Error::Fault`]: the communicator is poisoned until
     /// [`reset`](crate::Communicator::reset).
     pub fn wait(self) -> Result<O::Output, Failed<O::Input>> {
-        let result = self.run.wait();
-        let kept = self.run.take_keep().expect("taken once, here");
+        let result = self.started.waiter.wait();
+        let kept = self.started.waiter.take_keep().expect("taken once, here");
         match result {
             Ok(()) => Ok(self.operation.complete(kept)),
             Err(error) => Err(Failed { input: O::give_back(kept, &error), error }),
@@ -159,6 +170,13 @@ pub(crate) struct CombineKeep<Y> {
     pub weights: Vec<f32>,
 }
 
+impl<Y: ExpertOutputs> CombineKeep<Y> {
+    /// Where peers read the outputs.
+    pub fn buffer(&self) -> Option<&RecvBuffer> {
+        self.copied.as_ref().or(self.input.outputs.buffer())
+    }
+}
+
 /// A combine under way.
 pub struct CombineOperation<Y> {
     pub(crate) _outputs: std::marker::PhantomData<Y>,
@@ -169,9 +187,9 @@ impl<Y> private::Sealed for CombineOperation<Y> {}
 /// A completed combine.
 #[derive(Debug)]
 pub struct Combined<Y> {
-    /// Combined rows [T, hidden].
+    /// Combined rows [T, hidden]; empty where they went to device memory.
     pub x: Vec<bf16>,
-    /// Combined weights [T, topk]; empty where none were asked for.
+    /// Combined weights [T, topk]; empty where none were asked for, or where they went to device memory.
     pub topk_weights: Vec<f32>,
     /// The outputs handed in.
     pub outputs: Y,
@@ -190,11 +208,11 @@ impl<Y: ExpertOutputs> Operation for CombineOperation<Y> {
     }
 
     fn give_back(kept: Keep, error: &Error) -> Self::Input {
-        let Combine { outputs, bias, out, with_weights } = unwrap::<CombineKeep<Y>>(kept).input;
+        let Combine { outputs, bias, out, with_weights, on_device } = unwrap::<CombineKeep<Y>>(kept).input;
         let outputs = match error {
             Error::Fault(_) => outputs.after_fault()?,
             _ => outputs,
         };
-        Some(Combine { outputs, bias, out, with_weights })
+        Some(Combine { outputs, bias, out, with_weights, on_device })
     }
 }

@@ -7,9 +7,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
 use super::communicator::Communicator;
-use crate::config::Config;
-use crate::engine::host::Engine;
-use crate::error::ConfigError;
+use crate::config::{Config, EngineKind};
+use crate::device::Driver;
+use crate::device::cuda::CudaDriver;
+use crate::engine::{Engine, cuda, host};
+use crate::error::Error;
 use crate::fabric::Fabric;
 
 /// Tells communicators of different worlds apart, so that handles and buffers can't be mixed up.
@@ -21,15 +23,21 @@ pub struct LocalWorld {
 }
 
 impl LocalWorld {
-    /// Maps the memory of all ranks and starts the engine.
+    /// Takes the memory of all ranks and starts the engine that the configuration names.
     ///
     /// # Errors
-    /// The system refuses the memory or the threads.
-    pub fn new(config: Config) -> Result<Self, ConfigError> {
-        Self::build(config, |fabric| fabric)
+    /// The system refuses the memory or the threads; [`Error::Device`] where the devices can't be used.
+    pub fn new(config: Config) -> Result<Self, Error> {
+        let EngineKind::Cuda(cuda) = &config.engine else {
+            return Ok(Self::of(Engine::Host(host::Engine::new(config, |fabric| fabric)?)));
+        };
+        let device = |rank: usize| cuda.devices.get(rank % cuda.devices.len().max(1)).copied().unwrap_or(0);
+        let open = |rank| CudaDriver::open(device(rank)).map(|driver| driver as Arc<dyn Driver>);
+        let drivers = (0..config.topology().world_size()).map(open).collect::<Result<_, _>>()?;
+        Self::on_drivers(config, drivers)
     }
 
-    /// As [`LocalWorld::new`], with another fabric around the local one: for fault injection.
+    /// As [`LocalWorld::new`], on the host with another fabric around the local one: for fault injection.
     ///
     /// # Safety
     /// The fabric writes nothing but what it is told to: it may delay or lose puts and signals, and panic.
@@ -39,18 +47,23 @@ impl LocalWorld {
     pub unsafe fn with_fabric(
         config: Config,
         wrap: impl FnOnce(Arc<dyn Fabric>) -> Arc<dyn Fabric>,
-    ) -> Result<Self, ConfigError> {
-        Self::build(config, wrap)
+    ) -> Result<Self, Error> {
+        Ok(Self::of(Engine::Host(host::Engine::new(config, wrap)?)))
     }
 
-    fn build(
-        config: Config,
-        wrap: impl FnOnce(Arc<dyn Fabric>) -> Arc<dyn Fabric>,
-    ) -> Result<Self, ConfigError> {
-        let world_size = config.topology().world_size();
-        let engine = Arc::new(Engine::new(config, wrap)?);
-        let id = NEXT_WORLD.fetch_add(1, Ordering::Relaxed);
-        Ok(Self { communicators: (0..world_size).map(|rank| Communicator::new(&engine, id, rank)).collect() })
+    /// As [`LocalWorld::new`], on the CUDA engine over these drivers, in rank order: for devices that are not reached
+    /// by the CUDA driver, such as a simulated one.
+    ///
+    /// # Errors
+    /// As [`LocalWorld::new`].
+    pub fn on_drivers(config: Config, drivers: Vec<Arc<dyn Driver>>) -> Result<Self, Error> {
+        Ok(Self::of(Engine::Cuda(cuda::Engine::new(config, drivers)?)))
+    }
+
+    fn of(engine: Engine) -> Self {
+        let world_size = engine.world().config().topology().world_size();
+        let (engine, id) = (Arc::new(engine), NEXT_WORLD.fetch_add(1, Ordering::Relaxed));
+        Self { communicators: (0..world_size).map(|rank| Communicator::new(&engine, id, rank)).collect() }
     }
 
     /// The communicators, in rank order, to be moved to the threads that use them.

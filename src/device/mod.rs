@@ -3,6 +3,7 @@
 
 #![allow(unsafe_code)]
 
+pub mod cuda;
 mod resources;
 
 pub use resources::{Event, Memory, Stream};

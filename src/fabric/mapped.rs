@@ -3,7 +3,9 @@
 #![allow(unsafe_code)]
 
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use bytemuck::{Pod, cast_slice, pod_read_unaligned};
 
 /// A piece of memory that somebody else owns. Kernels, NICs and threads read and write it too; what keeps
 /// them apart is the protocol. Copies of the value name the same memory.
@@ -57,6 +59,29 @@ impl Mapped {
     pub fn flag(&self, offset: usize) -> Option<&AtomicU32> {
         // SAFETY: as in `word`.
         self.has::<AtomicU32>(offset).then(|| unsafe { self.base.add(offset).cast().as_ref() })
+    }
+
+    /// The value at `offset`, read in halves of words: for what nobody writes meanwhile.
+    ///
+    /// # Panics
+    /// It is not all there, or not aligned to 4 bytes.
+    pub fn read<T: Pod>(&self, offset: usize) -> T {
+        let halves =
+            (0..size_of::<T>().div_ceil(4)).map(|i| self.half(offset + 4 * i).load(Ordering::Relaxed));
+        let halves: Vec<u32> = halves.collect();
+        pod_read_unaligned(&cast_slice(&halves)[..size_of::<T>()])
+    }
+
+    /// Writes zeros, where nobody else reads or writes meanwhile.
+    ///
+    /// # Panics
+    /// As [`Mapped::read`].
+    pub fn clear(&self, offset: usize, bytes: usize) {
+        (0..bytes.div_ceil(4)).for_each(|i| self.half(offset + 4 * i).store(0, Ordering::Relaxed));
+    }
+
+    fn half(&self, offset: usize) -> &AtomicU32 {
+        self.flag(offset).expect("what is read is there")
     }
 
     fn has<T>(&self, offset: usize) -> bool {

@@ -6,13 +6,14 @@
 //! - Each warp's share of *shared memory* is laid out by [`WarpMap`].
 
 use super::record::{EnterRecord, RailRecord, ReasonRecord, VerdictRecord};
-use super::region::{LANES, Lane, RegionMap};
+use super::region::{LANES, Lane, RegionMap, WordId};
 use super::render::{device_codes, device_struct};
 use super::shape::{RowShape, header_words};
 use super::word::Index;
 use super::{LINE, align_up};
 use crate::config::Config;
 pub use crate::config::Staging;
+use crate::error::{Kind, Role, Wait};
 
 device_struct! {
     /// A table of equal things in memory: entry (i, j) is at `at + i * outer + j * inner`.
@@ -126,9 +127,14 @@ device_struct! {
         pub rows: u64,
         /// See `status`.
         pub status: u32,
-        /// Keeps the size a multiple of 8.
-        pub reserved: u32,
+        /// Slots this rank puts on the rail in a dispatch.
+        pub sent: u32,
     }
+}
+
+impl Report {
+    /// What `ended` holds until the operation has: no index is so large.
+    pub const UNDER_WAY: u64 = u64::MAX;
 }
 
 device_codes! {
@@ -171,6 +177,22 @@ device_struct! {
     }
 }
 
+impl FaultRecord {
+    /// The kind of operation and what was waited for.
+    pub fn read(&self) -> (Kind, Wait) {
+        let role = match self.role {
+            role::SENDER => Role::Sender,
+            role::FORWARDER => Role::Forwarder,
+            role::REDUCER => Role::Reducer,
+            _ => Role::Receiver,
+        };
+        let channel = (self.channel != u32::MAX).then_some(self.channel as usize);
+        let (peer, what) = (self.peer as usize, wait_name(self.what));
+        let wait = Wait { role, channel, peer, what, expected: self.expected, seen: self.seen };
+        (Kind::from_code(self.kind).unwrap_or(Kind::Plan), wait)
+    }
+}
+
 device_codes! {
     /// What a warp does.
     role {
@@ -208,6 +230,22 @@ device_codes! {
         COMMANDS = 8,
         /// A bulk copy of the warp's own.
         COPY = 9,
+    }
+}
+
+/// What a wait is called in faults.
+fn wait_name(code: u32) -> &'static str {
+    match code {
+        waits::ENTER => WordId::Enter { local: 0 }.name(),
+        waits::GATHERED => WordId::Gathered { local: 0 }.name(),
+        waits::RAIL => WordId::Rail { node: 0 }.name(),
+        waits::VERDICT => WordId::Verdict { node: 0 }.name(),
+        waits::DONE => WordId::Done { local: 0, channel: 0 }.name(),
+        waits::TAIL => WordId::Tail { channel: 0, node: 0 }.name(),
+        waits::HEAD => WordId::Head { channel: 0, node: 0 }.name(),
+        waits::COMPLETION => "completion of a put",
+        waits::COMMANDS => "room in the command queue",
+        _ => "bulk copy",
     }
 }
 
@@ -303,19 +341,29 @@ pub struct MailboxMap {
     pub fault: usize,
     /// By lane.
     pub lanes: [MailboxLane; 2],
+    /// Reports: each operation under way writes one of its own, so that none is lost before the host has read it.
+    pub reports: [ReportMap; REPORTS],
     /// Size in bytes. It starts zeroed.
     pub bytes: usize,
 }
 
-/// Offsets of one lane in the mailbox.
+/// Operations of a rank that may be under way at a time.
+pub const REPORTS: usize = 32;
+
+/// Offsets of one report in the mailbox. It starts zeroed.
 #[derive(Debug, Clone, Copy)]
-pub struct MailboxLane {
+pub struct ReportMap {
     /// [`Report`].
     pub report: usize,
     /// Entries for each expert of this rank: u32.
     pub experts: usize,
     /// The verdicts of all nodes: [`VerdictRecord`] `[nodes]`.
     pub verdicts: usize,
+}
+
+/// Offsets of one lane in the mailbox.
+#[derive(Debug, Clone, Copy)]
+pub struct MailboxLane {
     /// Index words that the proxy writes when a put has left its source: the operation of the last rail record,
     /// `u64 [nodes]`.
     pub rails: usize,
@@ -332,15 +380,40 @@ impl MailboxMap {
         let mut lines = Lines::default();
         let queue = lines.take(16 * QUEUE_CAPACITY);
         let (taken, abort, fault) = (lines.take(8), lines.take(4), lines.take(size_of::<FaultRecord>()));
-        let lanes = LANES.map(|_| MailboxLane {
+        let reports = std::array::from_fn(|_| ReportMap {
             report: lines.take(size_of::<Report>()),
             experts: lines.take(4 * config.placement().experts_of(rank).len()),
             verdicts: lines.take(nodes * size_of::<VerdictRecord>()),
+        });
+        let lanes = LANES.map(|_| MailboxLane {
             rails: lines.take(8 * nodes),
             sent_verdicts: lines.take(8 * nodes),
             chunks: lines.take(8 * config.channels() * nodes),
         });
-        Self { queue, taken, abort, fault, lanes, bytes: lines.end }
+        Self { queue, taken, abort, fault, lanes, reports, bytes: lines.end }
+    }
+}
+
+/// Offsets in a rank's tables, which no kernel writes.
+#[derive(Debug, Clone)]
+pub struct TableMap {
+    /// Addresses of the regions of the node, `u64 [ranks per node]`.
+    pub peers: usize,
+    /// [`expert_places`].
+    pub placement: usize,
+    /// Size in bytes.
+    pub bytes: usize,
+}
+
+impl TableMap {
+    /// The map for worlds of `config`.
+    pub fn new(config: &Config) -> Self {
+        let mut lines = Lines::default();
+        Self {
+            peers: lines.take(8 * config.topology().ranks_per_node()),
+            placement: lines.take(size_of::<ExpertPlace>() * config.placement().num_experts()),
+            bytes: lines.end,
+        }
     }
 }
 
@@ -553,7 +626,6 @@ const _: () = assert!(size_of::<LaneState>().is_multiple_of(8) && COUNTS_AT.is_m
 
 #[cfg(test)]
 mod tests {
-    use super::super::region::WordId;
     use super::*;
     use crate::topology::Topology;
 

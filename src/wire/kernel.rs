@@ -328,6 +328,8 @@ pub struct Operation<'a> {
     pub handle: (&'a HandleMap, u64),
     /// Each warp's share of shared memory.
     pub warp: WarpMap,
+    /// Which of the mailbox's reports it writes.
+    pub report: usize,
 }
 
 impl Params {
@@ -339,7 +341,7 @@ impl Params {
         params.set_input(op);
         params.set_region(maps.region, at, op);
         params.set_private(maps, at);
-        params.set_mailbox(maps, at);
+        params.set_mailbox(maps, at, op.report);
         params.set_handle(op);
         params.warp = op.warp;
         params
@@ -451,17 +453,17 @@ impl Params {
         self.send_rings = Table { at: self.rings.at - maps.region.rings() as u64, ..self.rings }.from(mirror);
     }
 
-    fn set_mailbox(&mut self, maps: Maps<'_>, at: &Addresses) {
-        let lane = &maps.mailbox.lanes[self.lane as usize];
+    fn set_mailbox(&mut self, maps: Maps<'_>, at: &Addresses, report: usize) {
+        let (lane, report) = (&maps.mailbox.lanes[self.lane as usize], &maps.mailbox.reports[report]);
         let address = |offset: usize| at.mailbox + offset as u64;
         self.queue = address(maps.mailbox.queue);
         self.queue_capacity = QUEUE_CAPACITY as u64;
         self.taken = address(maps.mailbox.taken);
         self.abort = address(maps.mailbox.abort);
         self.fault = address(maps.mailbox.fault);
-        self.report = address(lane.report);
-        self.report_experts = address(lane.experts);
-        self.report_verdicts = address(lane.verdicts);
+        self.report = address(report.report);
+        self.report_experts = address(report.experts);
+        self.report_verdicts = address(report.verdicts);
         self.rail_completions = address(lane.rails);
         self.verdict_completions = address(lane.sent_verdicts);
         self.chunk_completions = address(lane.chunks);

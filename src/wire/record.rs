@@ -127,6 +127,7 @@ fn tensor(code: u64) -> Tensor {
         Tensor::Scales,
         Tensor::ExpertOutputs,
         Tensor::Bias,
+        Tensor::Out,
     ];
     all.into_iter().find(|&tensor| tensor as u64 == code).unwrap_or(Tensor::X)
 }

@@ -2,6 +2,10 @@
 
 #![allow(dead_code, reason = "every test file takes what it needs")]
 
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#[path = "../shim/mod.rs"]
+pub mod shim;
+
 use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -9,14 +13,15 @@ use std::thread;
 use std::time::Duration;
 
 use half::bf16;
+use railhop::config::Staging;
 use railhop::fabric::Fabric;
 use railhop::reference::experts;
 use railhop::reference::oracle::{Oracle, RankTokens};
 use railhop::reference::verify::verify;
 use railhop::wire::shape::RecvLayout;
 use railhop::{
-    Combine, Combined, Communicator, Config, ConfigBuilder, Dispatched, ExpertOutputs, Handle, LocalWorld,
-    RecvBuffer, Routing, RowFormat, RowShape, Tokens, Topology,
+    Combine, Combined, Communicator, Config, ConfigBuilder, Cuda, Dispatched, EngineKind, ExpertOutputs,
+    Handle, LocalWorld, RecvBuffer, Routing, RowFormat, RowShape, Tokens, Topology,
 };
 
 /// No test may take longer: it hangs.
@@ -83,6 +88,7 @@ pub fn config(nodes: usize, ranks_per_node: usize) -> ConfigBuilder {
     Config::builder(topology)
         .experts(2 * topology.world_size())
         .max_hidden(512)
+        .max_tokens(256)
         .worker_budget(2)
         .pool_bytes(8 << 20)
 }
@@ -194,6 +200,37 @@ impl Case {
     }
 }
 
+/// A world on the engine that RAILHOP_ENGINE names: `host` (the default), `shim` or `cuda`.
+pub fn local_world(config: &Config) -> LocalWorld {
+    match std::env::var("RAILHOP_ENGINE").as_deref() {
+        Err(_) | Ok("host") => LocalWorld::new(config.clone()).unwrap(),
+        #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+        Ok("shim") => shim_world(config),
+        Ok("cuda") => LocalWorld::new(config.clone().on(EngineKind::Cuda(small_kernels()))).unwrap(),
+        Ok(other) => panic!("RAILHOP_ENGINE = {other}: no such engine"),
+    }
+}
+
+/// What a rank's pool needs on a device beside buffers: plans, and rows on their way from and to the host.
+pub fn device_room() -> usize {
+    if std::env::var("RAILHOP_ENGINE").is_ok_and(|engine| engine != "host") { 4 << 20 } else { 0 }
+}
+
+/// A world whose kernels run on the CPU shim.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub fn shim_world(config: &Config) -> LocalWorld {
+    let (topology, config) = (config.topology(), config.clone().on(EngineKind::Cuda(small_kernels())));
+    let drivers = shim::drivers(topology.world_size(), topology.ranks_per_node(), 1);
+    LocalWorld::on_drivers(config, drivers).unwrap()
+}
+
+/// Kernels of few and small blocks: tests have many ranks and little to do.
+pub fn small_kernels() -> Cuda {
+    let dispatch = Staging { stage_bytes: 512, stages: 4 };
+    let combine = Staging { stage_bytes: 1024, stages: 4 };
+    Cuda { blocks: 2, warps: 2, plan_warps: 2, dispatch, combine, ..Cuda::default() }
+}
+
 /// All ranks of a world, driven by one thread through the split forms.
 pub struct Ranks {
     pub comms: Vec<Communicator>,
@@ -201,7 +238,13 @@ pub struct Ranks {
 
 impl Ranks {
     pub fn new(config: &Config) -> Self {
-        Self { comms: LocalWorld::new(config.clone()).unwrap().into_communicators() }
+        Self { comms: local_world(config).into_communicators() }
+    }
+
+    /// On the CPU shim, whatever the environment says.
+    #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+    pub fn on_shim(config: &Config) -> Self {
+        Self { comms: shim_world(config).into_communicators() }
     }
 
     /// With another fabric around the local one.

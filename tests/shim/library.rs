@@ -3,7 +3,7 @@
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::SystemTime;
 
 use libloading::Library;
@@ -17,7 +17,8 @@ pub struct Options {
     pub resident: u32,
     pub tsan_per_warp: u32,
     pub ranks_per_node: u32,
-    pub reserved: u32,
+    /// Time is real, and other threads take part: see [`LiveShim`].
+    pub live: u32,
 }
 
 /// `ShimPosting` of `kernels/shim/shim.h`.
@@ -61,6 +62,9 @@ struct Functions {
         *const c_void,
         u64,
     ) -> c_int,
+    wait: unsafe extern "C" fn(*mut c_void, u32, u32, u32, u32, u64),
+    ended: unsafe extern "C" fn(*mut c_void, u32, u32) -> u64,
+    stop: unsafe extern "C" fn(*mut c_void),
     proxy: unsafe extern "C" fn(*mut c_void, u32, *mut u64, u64, *mut u64, Resolve, *mut c_void),
     lose: unsafe extern "C" fn(*mut c_void, *mut u64),
     run: unsafe extern "C" fn(*mut c_void) -> c_int,
@@ -87,6 +91,9 @@ fn functions() -> &'static Functions {
             free: symbol!("free"),
             memory: symbol!("memory"),
             launch: symbol!("launch"),
+            wait: symbol!("wait"),
+            ended: symbol!("ended"),
+            stop: symbol!("stop"),
             proxy: symbol!("proxy"),
             lose: symbol!("lose"),
             run: symbol!("run"),
@@ -138,9 +145,17 @@ impl Shim {
 
     /// Queues a kernel.
     pub fn launch<P: bytemuck::Pod>(&self, rank: usize, stream: usize, kernel: &str, grid: Grid, params: &P) {
+        assert!(
+            self.try_launch(rank, stream, kernel, grid, bytemuck::bytes_of(params)),
+            "{kernel} can't be launched"
+        );
+    }
+
+    /// Queues a kernel; whether there is such a kernel, with such parameters and launched so.
+    fn try_launch(&self, rank: usize, stream: usize, kernel: &str, grid: Grid, params: &[u8]) -> bool {
         let name = CString::new(kernel).unwrap();
         let Grid { blocks, warps, shared } = grid;
-        let (params, bytes) = ((&raw const *params).cast(), size_of::<P>() as u64);
+        let (params, bytes) = (params.as_ptr().cast(), params.len() as u64);
         let (rank, stream, blocks, threads) = (rank as u32, stream as u32, blocks as u32, 32 * warps as u32);
         // SAFETY: the name and the parameters are copied before the call returns.
         let status = unsafe {
@@ -156,7 +171,7 @@ impl Shim {
                 bytes,
             )
         };
-        assert_eq!(status, 0, "{kernel} can't be launched");
+        status == 0
     }
 
     /// # Safety
@@ -216,6 +231,62 @@ impl Drop for Shim {
     fn drop(&mut self) {
         // SAFETY: made by `new`, freed once.
         unsafe { (functions().free)(self.0) }
+    }
+}
+
+/// A machine that one thread runs in real time while others use it.
+pub struct LiveShim {
+    shim: Shim,
+    running: Mutex<()>,
+}
+
+// SAFETY: a shim is tied to no thread.
+unsafe impl Send for LiveShim {}
+// SAFETY: only `run` is for one thread at a time, and holds the lock. `shim.h` names what is called meanwhile: that is
+// all that the other methods call. Nobody frees it while it is borrowed.
+unsafe impl Sync for LiveShim {}
+
+impl LiveShim {
+    pub fn new(seed: u64, ranks_per_node: usize) -> Self {
+        let ranks_per_node = ranks_per_node as u32;
+        let options = Options { seed, ranks_per_node, live: 1, ..Options::default() };
+        Self { shim: Shim::new(options), running: Mutex::new(()) }
+    }
+
+    /// Registers memory that stays where it is as long as the shim lives.
+    pub fn memory(&self, rank: usize, address: u64, bytes: usize, shared: bool) {
+        self.shim.memory(rank, address, bytes, shared);
+    }
+
+    /// Queues a kernel; whether there is such a kernel, with such parameters and launched so.
+    pub fn launch(&self, rank: usize, stream: usize, kernel: &str, grid: Grid, params: &[u8]) -> bool {
+        self.shim.try_launch(rank, stream, kernel, grid, params)
+    }
+
+    /// Queues an entry on `stream` that ends when `count` entries of `other` have ended. Streams are ranks and numbers.
+    pub fn wait(&self, stream: (usize, usize), other: (usize, usize), count: u64) {
+        let (rank, stream) = (stream.0 as u32, stream.1 as u32);
+        let other = (other.0 as u32, other.1 as u32);
+        // SAFETY: any numbers are streams.
+        unsafe { (functions().wait)(self.shim.0, rank, stream, other.0, other.1, count) }
+    }
+
+    /// Entries of a stream that have ended. All that they wrote is visible to the caller.
+    pub fn ended(&self, rank: usize, stream: usize) -> u64 {
+        // SAFETY: any number is a stream.
+        unsafe { (functions().ended)(self.shim.0, rank as u32, stream as u32) }
+    }
+
+    /// Runs what is launched until `stop` is called, or a check fails.
+    pub fn run(&self) -> Result<(), String> {
+        let _running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        self.shim.run()
+    }
+
+    /// Ends `run`, whatever still runs.
+    pub fn stop(&self) {
+        // SAFETY: the shim lives.
+        unsafe { (functions().stop)(self.shim.0) }
     }
 }
 

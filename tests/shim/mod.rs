@@ -4,8 +4,11 @@
 #![allow(dead_code, reason = "every test file takes what it needs")]
 #![allow(unsafe_code, reason = "the shim is C++, bound by hand")]
 
+mod driver;
 mod library;
 
+#[allow(unused_imports, reason = "not every test file has engines")]
+pub use driver::drivers;
 pub use library::{Grid, Options, Shim, Traffic};
 
 use std::ffi::c_void;
@@ -341,6 +344,7 @@ impl Machine {
             parts: start.buffer.1,
             handle: (&start.plan.map, start.plan.memory.address()),
             warp: WarpMap::new(&self.config, lane, staging, &start.shape),
+            report: lane as usize,
         };
         let addresses = Addresses {
             region: device.region.address(),
@@ -388,17 +392,17 @@ impl Machine {
     }
 
     pub fn report(&self, rank: usize, lane: Lane) -> Report {
-        self.devices[rank].mailbox.read(self.mailbox_maps[rank].lanes[lane as usize].report)
+        self.devices[rank].mailbox.read(self.mailbox_maps[rank].reports[lane as usize].report)
     }
 
     /// Entries for each expert of the rank, as the last plan counted them.
     pub fn experts(&self, rank: usize) -> Vec<u32> {
-        let at = self.mailbox_maps[rank].lanes[Lane::Dispatch as usize].experts;
+        let at = self.mailbox_maps[rank].reports[Lane::Dispatch as usize].experts;
         self.devices[rank].mailbox.slice(at, self.config.placement().experts_of(rank).len())
     }
 
     pub fn verdicts(&self, rank: usize, lane: Lane) -> Vec<VerdictRecord> {
-        let at = self.mailbox_maps[rank].lanes[lane as usize].verdicts;
+        let at = self.mailbox_maps[rank].reports[lane as usize].verdicts;
         self.devices[rank].mailbox.slice(at, self.config.topology().nodes())
     }
 

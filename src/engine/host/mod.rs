@@ -3,14 +3,12 @@
 //! A worker takes a doorbell ticket, steps every task it can lock, and sleeps on the ticket when nothing moved.
 //! Nobody spins: ranks may outnumber cores many times, and ranks without an operation cost nothing.
 
-mod control;
 mod port;
 mod run;
 mod watch;
 
-pub use control::Control;
 pub use port::{CallerBuffers, HostPort};
-pub use run::{Keep, Run, Waiter};
+pub use run::Run;
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -19,6 +17,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use super::completion::lock;
+use super::control::Control;
 use crate::config::Config;
 use crate::error::{Cause, ConfigError, Error, Fault, Wait, panic_message};
 use crate::fabric::Fabric;
@@ -27,7 +27,7 @@ use crate::fabric::local::LocalFabric;
 use crate::fabric::memory::Region;
 use crate::proto::{Progress, Step};
 use crate::wire::region::{LANES, RegionMap};
-use run::{Slot, lock};
+use run::Slot;
 
 /// Passes without progress before a worker sleeps; it yields in between, for another worker's step may end.
 const IDLE_PASSES: u32 = 4;
@@ -44,7 +44,7 @@ pub struct World {
     /// One region per rank.
     pub regions: Arc<[Region]>,
     /// The control channel.
-    pub control: Control,
+    pub control: Arc<Control>,
     fabric: Arc<dyn Fabric>,
     doorbell: Arc<Doorbell>,
     /// Runs whose tasks are stepped, in the order they were submitted.
@@ -82,7 +82,7 @@ impl Engine {
         let doorbell = Arc::new(Doorbell::default());
         let world = Arc::new(World {
             fabric: wrap(Arc::new(LocalFabric::new(regions.clone(), doorbell.clone()))),
-            control: Control::new(world_size),
+            control: Arc::new(Control::new(world_size)),
             config: Arc::new(config),
             map,
             regions,
@@ -155,7 +155,7 @@ impl World {
         tracing::debug!(rank = run.rank, kind = %started.kind, epoch = started.epoch, ok = result.is_ok(), "operation over");
         lock(&self.active).retain(|other| !Arc::ptr_eq(other, run));
         self.version.fetch_add(1, Ordering::Release);
-        run.finish(result);
+        run.completion.finish(result);
         let mut lane = lock(self.lane(run));
         lane.pop_front();
         if let Some(next) = lane.front() {

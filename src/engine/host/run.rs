@@ -1,16 +1,13 @@
-//! One operation of one rank, running: its tasks, who waits for it, and what it keeps alive.
+//! One operation of one rank, running: its tasks.
 
-use std::any::Any;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use super::port::CallerBuffers;
-use crate::error::{Error, Wait};
+use crate::engine::completion::{Completion, Keep, Waiter};
+use crate::error::Wait;
 use crate::proto::{Op, Task};
-
-/// What a run owns for its duration: the caller's buffers.
-pub type Keep = Arc<dyn Any + Send + Sync>;
 
 /// A submitted operation.
 pub struct Run {
@@ -24,47 +21,7 @@ pub struct Run {
     pub(super) moved_at: AtomicU64,
     /// A fault ended a task before it was done.
     stopped: AtomicBool,
-    result: OnceLock<Result<(), Error>>,
-    state: Mutex<State>,
-    wake: Condvar,
-}
-
-struct State {
-    finished: bool,
-    abandoned: bool,
-    /// Until it is taken.
-    keep: Option<Keep>,
-}
-
-impl State {
-    /// What is kept for nobody any more.
-    fn unwanted(&mut self) -> Option<Keep> {
-        self.keep.take_if(|_| self.finished && self.abandoned)
-    }
-}
-
-/// The caller's end of a run.
-pub struct Waiter(Arc<Run>);
-
-impl Waiter {
-    /// The end of `run`.
-    pub fn new(run: Arc<Run>) -> Self {
-        Self(run)
-    }
-}
-
-impl std::ops::Deref for Waiter {
-    type Target = Run;
-
-    fn deref(&self) -> &Run {
-        &self.0
-    }
-}
-
-impl Drop for Waiter {
-    fn drop(&mut self) {
-        self.0.abandon();
-    }
+    pub(super) completion: Arc<Completion>,
 }
 
 /// A task and what it waits for.
@@ -86,9 +43,7 @@ impl Run {
             tasks,
             moved_at: AtomicU64::new(0),
             stopped: AtomicBool::new(false),
-            result: OnceLock::new(),
-            state: Mutex::new(State { finished: false, abandoned: false, keep: Some(keep) }),
-            wake: Condvar::new(),
+            completion: Arc::new(Completion::new(keep)),
         }
     }
 
@@ -101,48 +56,8 @@ impl Run {
         self.stopped.load(Ordering::Acquire)
     }
 
-    /// Ends the run: only called when no task is left.
-    pub(super) fn finish(&self, result: Result<(), Error>) {
-        if self.result.set(result).is_ok() {
-            let mut state = lock(&self.state);
-            state.finished = true;
-            let unwanted = state.unwanted();
-            drop(state);
-            self.wake.notify_all();
-            drop(unwanted);
-        }
+    /// The caller's end.
+    pub fn waiter(&self) -> Waiter {
+        Waiter::new(self.completion.clone())
     }
-
-    /// Nobody will take what the run keeps: it goes as soon as the run is over, whoever still knows the run.
-    fn abandon(&self) {
-        let mut state = lock(&self.state);
-        state.abandoned = true;
-        let unwanted = state.unwanted();
-        drop(state);
-        drop(unwanted);
-    }
-
-    /// Whether [`Run::wait`] would return at once.
-    pub fn is_finished(&self) -> bool {
-        self.result.get().is_some()
-    }
-
-    /// Sleeps until the run is over; every wait of its tasks has a deadline, so this one has an end.
-    pub fn wait(&self) -> Result<(), Error> {
-        let mut state = lock(&self.state);
-        while !state.finished {
-            state = self.wake.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner());
-        }
-        self.result.get().expect("set before `finished`").clone()
-    }
-
-    /// What the run kept, once.
-    pub fn take_keep(&self) -> Option<Keep> {
-        lock(&self.state).keep.take()
-    }
-}
-
-/// A panic elsewhere is reported as a fault; the state under the lock is still whole.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }

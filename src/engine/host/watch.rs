@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::World;
-use super::run::{Run, lock};
+use super::run::Run;
+use crate::engine::completion::lock;
 use crate::error::{Cause, Fault, Wait};
 
 /// The fault of a wait of `run` that expired, at the end of the chains that begin there: at a rank that waits for

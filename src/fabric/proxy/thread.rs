@@ -2,7 +2,7 @@
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
@@ -63,6 +63,8 @@ pub struct ProxyThread {
 struct Shared {
     stop: AtomicBool,
     woken: AtomicBool,
+    /// Steps that found nothing to do and nothing under way.
+    quiet_steps: AtomicU64,
     failure: OnceLock<ProxyError>,
 }
 
@@ -101,6 +103,12 @@ impl ProxyThread {
     /// Why it no longer drains, if it does not. The rank's kernels have been told to return.
     pub fn failure(&self) -> Option<&ProxyError> {
         self.shared.failure.get()
+    }
+
+    /// Steps so far that found the queue empty and nothing under way. Two more than before mean that all has been
+    /// done that was asked for before.
+    pub fn quiet_steps(&self) -> u64 {
+        self.shared.quiet_steps.load(Ordering::Acquire)
     }
 
     /// Stops between two batches. Commands not taken stay in the queue.
@@ -156,6 +164,9 @@ impl<R: Rail> Worker<R> {
         while !self.shared.stop.load(Ordering::Acquire) {
             let moved = self.proxy.step()?.moved();
             let now = Instant::now();
+            if !moved && self.proxy.is_idle() {
+                self.shared.quiet_steps.fetch_add(1, Ordering::Release);
+            }
             if moved || self.shared.woken.swap(false, Ordering::Acquire) {
                 moved_at = now;
             } else {

@@ -1,11 +1,14 @@
 //! What carries the postings of device ranks along the rail, asynchronous by nature.
 //!
 //! - [`LocalRail`]: ranks of one process, whose memories the host can address.
+//! - [`DeviceRail`]: ranks of one process on devices: puts and signals are copies on a stream.
 //! - [`NullRail`]: builds what a NIC would be given and carries nothing, to measure what posting costs.
 
+mod device;
 mod local;
 mod null;
 
+pub use device::{DeviceRail, Reached};
 pub use local::LocalRail;
 pub use null::{NullRail, WorkRequest, work};
 

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use super::run::lock;
+use super::completion::lock;
 use crate::error::{Error, Fault};
 
 /// Shared by all ranks of a world.
@@ -25,7 +25,8 @@ struct State {
 }
 
 impl Control {
-    pub(super) fn new(world_size: usize) -> Self {
+    /// The control channel of a world.
+    pub fn new(world_size: usize) -> Self {
         Self {
             faulted: AtomicBool::new(false),
             departed: (0..world_size).map(|_| AtomicBool::new(false)).collect(),
@@ -55,7 +56,7 @@ impl Control {
 
     /// Poisons the world; the first fault stays. One of an earlier generation is over: a worker may come with
     /// it when all others have gone through the reset.
-    pub(super) fn broadcast(&self, fault: Fault, generation: u16) {
+    pub fn broadcast(&self, fault: Fault, generation: u16) {
         let mut state = lock(&self.state);
         if state.fault.is_none() && state.generation == generation {
             tracing::error!(%fault, "communicator poisoned");
@@ -64,7 +65,8 @@ impl Control {
         }
     }
 
-    pub(super) fn depart(&self, rank: usize) {
+    /// `rank` is gone.
+    pub fn depart(&self, rank: usize) {
         self.departed[rank].store(true, Ordering::Release);
         // Under the lock, so that nobody who is about to wait for this rank misses it.
         drop(lock(&self.state));
@@ -72,13 +74,13 @@ impl Control {
     }
 
     /// Whether `rank` has left. All it ever signalled is visible to who sees this.
-    pub(super) fn has_departed(&self, rank: usize) -> bool {
+    pub fn has_departed(&self, rank: usize) -> bool {
         self.departed[rank].load(Ordering::Acquire)
     }
 
     /// Meets all ranks and raises the generation. The caller has no run left. When a rank has left, or the first
     /// to have come has waited long enough, all who are there give up, so that they name the same ranks.
-    pub(super) fn reset(&self, rank: usize, deadline: Duration) -> Result<(), Error> {
+    pub fn reset(&self, rank: usize, deadline: Duration) -> Result<(), Error> {
         let started = Instant::now();
         let mut state = lock(&self.state);
         let (generation, meeting) = (state.generation, state.given_up.0);
