@@ -1,15 +1,34 @@
 //! The CUDA engine over the CPU shim: everything but the calls of the driver itself.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))] // What the shim runs on.
+#![allow(unsafe_code, reason = "memory and streams of the caller's have contracts")]
 
 mod common;
 
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytemuck::Pod;
 use common::{BF16, Case, LIMIT, Ranks, config, contents, within};
+use half::bf16;
+use railhop::config::Staging;
+use railhop::device::{Driver, Limits, Memory, Place, Stream};
+use railhop::error::{DeviceError, Reason};
 use railhop::reference::oracle::RankTokens;
 use railhop::reference::trace::Trace;
-use railhop::{Combine, Combined, Dispatched, RecvBuffer, RowFormat, RowShape, ScaleFormat};
+use railhop::{
+    Combine, Combined, Config, Cuda, DeviceRouting, DeviceSlice, Dispatched, EngineKind, Error, Handle,
+    LocalWorld, Recorded, RecvBuffer, RowFormat, RowShape, ScaleFormat, StreamRef,
+};
 
-/// What an engine makes of a case: every received byte, and every sum.
-fn outcome(mut ranks: Ranks, cases: &[Case]) -> Vec<impl PartialEq + std::fmt::Debug> {
+/// All that a rank gets of a step: every received byte, and every sum.
+fn seen(buffer: &RecvBuffer, handle: &Handle, x: &[bf16], weights: &[f32]) -> String {
+    let counts = (handle.num_recv_tokens_per_expert(1), handle.num_hop1_tokens());
+    let weights: Vec<u32> = weights.iter().map(|weight| weight.to_bits()).collect();
+    format!("{:?}", (contents(buffer), counts, common::bits(x), weights))
+}
+
+/// What an engine makes of a case, by step and rank.
+fn outcome(mut ranks: Ranks, cases: &[Case]) -> Vec<Vec<String>> {
     let step = |case: &Case| {
         let handles = ranks.plan(case);
         let received = ranks.dispatch(&handles, case.shape, |rank| case.x(rank));
@@ -19,10 +38,7 @@ fn outcome(mut ranks: Ranks, cases: &[Case]) -> Vec<impl PartialEq + std::fmt::D
         });
         let combined: Vec<Combined<RecvBuffer>> = ranks.combine(&handles, outputs.collect::<Vec<_>>());
         let rank = |(received, combined): (&Dispatched<_>, &Combined<_>)| {
-            let handle = &received.handle;
-            let weights: Vec<u32> = combined.topk_weights.iter().map(|weight| weight.to_bits()).collect();
-            let counts = (handle.num_recv_tokens_per_expert(1), handle.num_hop1_tokens());
-            (contents(&received.buffer), counts, common::bits(&combined.x), weights)
+            seen(&received.buffer, &received.handle, &combined.x, &combined.topk_weights)
         };
         received.iter().zip(&combined).map(rank).collect::<Vec<_>>()
     };
@@ -57,7 +73,403 @@ fn traces_are_the_host_engines() {
 #[test]
 fn a_round_trip_works() {
     within(LIMIT, || {
-        let config = config(1, 2).deadline(std::time::Duration::from_secs(3)).build().unwrap();
+        let config = config(2, 2).build().unwrap();
         Ranks::on_shim(&config).round_trip(&Case::regular(&config, BF16, 6));
+    });
+}
+
+// ---- rows in device memory
+
+/// A world on the shim, and memory of the caller's on its device.
+struct OnDevice {
+    ranks: Ranks,
+    drivers: Vec<Arc<dyn Driver>>,
+    streams: Vec<Stream>,
+}
+
+impl OnDevice {
+    fn new(config: &Config) -> Self {
+        let topology = config.topology();
+        let drivers = common::shim::drivers(topology.world_size(), topology.ranks_per_node(), 2);
+        let kernels = config.clone().on(EngineKind::Cuda(common::small_kernels()));
+        let comms = LocalWorld::on_drivers(kernels, drivers.clone()).unwrap().into_communicators();
+        let streams = drivers.iter().map(|driver| Stream::new(driver).unwrap()).collect();
+        Self { ranks: Ranks { comms }, drivers, streams }
+    }
+
+    /// Memory for `len` elements.
+    fn room<T>(&self, rank: usize, len: usize) -> DeviceSlice<T> {
+        let bytes = (len * size_of::<T>()).max(1);
+        let memory = Memory::new(&self.drivers[rank], Place::Device, bytes).unwrap();
+        // SAFETY: the slice owns the memory, and the tests wait before they look.
+        unsafe { DeviceSlice::from_raw(memory.address(), len, memory) }
+    }
+
+    fn write<T: Pod>(&self, rank: usize, to: &DeviceSlice<T>, values: &[T]) {
+        assert!(values.len() <= to.len());
+        // SAFETY: as long as that, and in no operation.
+        unsafe {
+            let from = values.as_ptr() as u64;
+            self.streams[rank].copy_now(to.address(), from, size_of_val(values)).unwrap();
+        }
+    }
+
+    fn of<T: Pod>(&self, rank: usize, values: &[T]) -> DeviceSlice<T> {
+        let slice = self.room(rank, values.len());
+        self.write(rank, &slice, values);
+        slice
+    }
+
+    fn read<T: Pod>(&self, rank: usize, from: &DeviceSlice<T>) -> Vec<T> {
+        let mut values = vec![T::zeroed(); from.len()];
+        // SAFETY: as long as that, and in no operation.
+        unsafe {
+            let to = values.as_mut_ptr() as u64;
+            self.streams[rank].copy_now(to, from.address(), size_of_val(&values[..])).unwrap();
+        }
+        values
+    }
+
+    /// The stream of a rank, for what the caller enqueues.
+    fn stream(&self, rank: usize) -> StreamRef {
+        // SAFETY: it lives as long as the world.
+        unsafe { StreamRef::from_raw(self.streams[rank].raw().0) }
+    }
+
+    fn synchronize(&self) {
+        for (driver, stream) in self.drivers.iter().zip(&self.streams) {
+            // SAFETY: it is alive.
+            unsafe { driver.synchronize(stream.raw()).unwrap() };
+        }
+    }
+
+    fn routing(&self, case: &Case, rank: usize) -> DeviceRouting {
+        let tokens = &case.ranks[rank];
+        let (topk_idx, topk_weights) = (self.of(rank, &tokens.topk_idx), self.of(rank, &tokens.topk_weights));
+        DeviceRouting { topk: case.shape.topk, topk_idx, topk_weights }
+    }
+}
+
+#[test]
+fn rows_in_device_memory_are_used_where_they_are() {
+    within(LIMIT, || {
+        let config = config(2, 2).build().unwrap();
+        let case = Case::random(&config, BF16, 20, 5);
+        let expected = outcome(Ranks::new(&config), std::slice::from_ref(&case));
+        let mut world = OnDevice::new(&config);
+        let mut results = Vec::new();
+        for rank in 0..4 {
+            let (routing, x) = (world.routing(&case, rank), world.of(rank, &case.ranks[rank].x));
+            let stream = world.stream(rank);
+            let comm = &mut world.ranks.comms[rank];
+            comm.use_stream(Some(stream));
+            comm.after(stream).unwrap();
+            let buffer = comm.recv_buffer(80, case.shape).unwrap();
+            results.push(comm.start_plan_dispatch(routing, x, buffer));
+        }
+        let received = results.into_iter().map(|pending| pending.wait().unwrap()).collect::<Vec<_>>();
+        let outputs = world.ranks.experts(&case, &received);
+        let mut pending = Vec::new();
+        for (rank, mut y) in outputs.into_iter().enumerate() {
+            y.topk_weights_mut().copy_from_slice(received[rank].buffer.topk_weights());
+            let (tokens, shape) = (received[rank].handle.num_tokens(), case.shape);
+            let (out, weights) =
+                (world.room(rank, tokens * shape.hidden), world.room(rank, tokens * shape.topk));
+            let combine = Combine::new(y).device_out(out.clone()).with_device_topk_weights(weights.clone());
+            let stream = world.stream(rank);
+            let started = world.ranks.comms[rank].start_combine(&received[rank].handle, combine);
+            started.before(stream).unwrap();
+            pending.push((started, out, weights));
+        }
+        for (rank, (started, out, weights)) in pending.into_iter().enumerate() {
+            let combined = started.wait().unwrap();
+            assert!(combined.x.is_empty() && combined.topk_weights.is_empty());
+            world.synchronize();
+            let Dispatched { buffer, handle, .. } = &received[rank];
+            let got = seen(buffer, handle, &world.read(rank, &out), &world.read(rank, &weights));
+            assert!(got == expected[0][rank]);
+        }
+    });
+}
+
+#[test]
+fn a_host_engine_refuses_rows_in_device_memory() {
+    within(LIMIT, || {
+        let config = config(2, 2).build().unwrap();
+        let case = Case::regular(&config, BF16, 6);
+        let (device, mut ranks) = (OnDevice::new(&config), Ranks::new(&config));
+        let handles = ranks.plan(&case);
+        let x = device.of(2, &case.ranks[2].x);
+        let mut buffers = ranks.buffers(&handles, case.shape).into_iter();
+        let pending: Vec<Box<dyn FnOnce() -> Option<Error>>> = ranks.each(|comm| {
+            let (handle, buffer) = (&handles[comm.rank()], buffers.next().unwrap());
+            match comm.rank() {
+                2 => {
+                    let pending = comm.start_dispatch(handle, x.clone(), buffer);
+                    Box::new(|| pending.wait().err().map(Error::from)) as _
+                }
+                rank => {
+                    let pending = comm.start_dispatch(handle, case.x(rank), buffer);
+                    Box::new(|| pending.wait().err().map(Error::from)) as _
+                }
+            }
+        });
+        let wrong = Error::Refused { rank: 2, reason: Reason::WrongMemory };
+        assert!(pending.into_iter().all(|wait| wait() == Some(wrong.clone())));
+        ranks.round_trip(&case);
+    });
+}
+
+// ---- recorded operations
+
+/// A recorded layer of one rank: the experts are the identity.
+struct Layer {
+    dispatch: Recorded<(DeviceRouting, DeviceSlice<bf16>, RecvBuffer)>,
+    combine: Recorded<Combine<RecvBuffer>>,
+    routing: DeviceRouting,
+    x: DeviceSlice<bf16>,
+    out: DeviceSlice<bf16>,
+}
+
+const TOKENS: usize = 12;
+
+fn layers(world: &mut OnDevice, shape: RowShape, capacity: usize) -> Vec<Layer> {
+    let ranks = world.drivers.len();
+    let mut layer = |rank: usize| {
+        let routing = DeviceRouting {
+            topk: shape.topk,
+            topk_idx: world.room(rank, TOKENS * shape.topk),
+            topk_weights: world.room(rank, TOKENS * shape.topk),
+        };
+        let (x, out) = (world.room(rank, TOKENS * shape.hidden), world.room(rank, TOKENS * shape.hidden));
+        let comm = &mut world.ranks.comms[rank];
+        let buffer = comm.recv_buffer(capacity, shape).unwrap();
+        let dispatch = comm.record_plan_dispatch(routing.clone(), x.clone(), buffer).unwrap();
+        let outputs = comm.recv_buffer(capacity, shape).unwrap();
+        let combine = Combine::new(outputs).device_out(out.clone());
+        let combine = comm.record_combine(dispatch.handle(), combine).unwrap();
+        Layer { dispatch, combine, routing, x, out }
+    };
+    (0..ranks).map(&mut layer).collect()
+}
+
+fn fill(world: &OnDevice, layers: &[Layer], case: &Case) {
+    for (rank, layer) in layers.iter().enumerate() {
+        let tokens = &case.ranks[rank];
+        world.write(rank, &layer.routing.topk_idx, &tokens.topk_idx);
+        world.write(rank, &layer.routing.topk_weights, &tokens.topk_weights);
+        world.write(rank, &layer.x, &tokens.x);
+    }
+}
+
+fn dispatch(world: &OnDevice, layers: &[Layer]) -> Vec<Result<usize, Error>> {
+    for (rank, layer) in layers.iter().enumerate() {
+        // SAFETY: waited for below; every rank does the same.
+        unsafe { layer.dispatch.enqueue(world.stream(rank)).unwrap() };
+    }
+    world.synchronize();
+    layers.iter().map(|layer| layer.dispatch.outcome().unwrap()).collect()
+}
+
+#[test]
+fn recorded_operations_follow_what_lies_in_memory() {
+    within(LIMIT, || {
+        let config = config(2, 2).first_index((1 << 48) - 3).build().unwrap();
+        let mut world = OnDevice::new(&config);
+        let mut layers = layers(&mut world, BF16, 4 * TOKENS);
+        for seed in 0..6 {
+            let case = Case { ranks: full(&config, seed), ..Case::regular(&config, BF16, TOKENS) };
+            fill(&world, &layers, &case);
+            let rows = dispatch(&world, &layers);
+            let mut host = Ranks::new(&config);
+            let handles = host.plan(&case);
+            let received = host.dispatch(&handles, BF16, |rank| case.x(rank));
+            for (rank, layer) in layers.iter_mut().enumerate() {
+                assert_eq!(rows[rank], Ok(handles[rank].num_recv_tokens()));
+                let (_, _, buffer) = layer.dispatch.kept();
+                buffer.refresh();
+                buffer.set_rows(handles[rank].num_recv_tokens());
+                assert!(contents(buffer) == contents(&received[rank].buffer));
+                let (outputs, rows) = (layer.combine.kept().outputs_mut(), buffer.bf16().len());
+                outputs.bf16_mut()[..rows].copy_from_slice(buffer.bf16());
+                outputs.refresh();
+                buffer.set_rows(buffer.capacity());
+            }
+            for (rank, layer) in layers.iter().enumerate() {
+                // SAFETY: waited for below; every rank does the same.
+                unsafe { layer.combine.enqueue(world.stream(rank)).unwrap() };
+            }
+            world.synchronize();
+            let received = received.into_iter().map(|received| Combine::new(received.buffer));
+            let combined = host.combine(&handles, received.collect::<Vec<_>>());
+            for (rank, layer) in layers.iter().enumerate() {
+                assert!(layer.combine.outcome().unwrap().is_ok());
+                assert!(common::bits(&world.read(rank, &layer.out)) == common::bits(&combined[rank].x));
+            }
+            // Operations of the host's come in between.
+            world.ranks.round_trip(&case);
+        }
+    });
+}
+
+/// Exactly [`TOKENS`] tokens for each rank.
+fn full(config: &Config, seed: u64) -> Vec<RankTokens<'static>> {
+    let longest = |case: &Case, rank: usize| case.ranks[rank].topk_weights.len() / BF16.topk;
+    let rank = |rank: usize| {
+        let cases = (0..).map(|i| Case::random(config, BF16, TOKENS, 1000 * seed + i));
+        let mut full = cases.filter(|case| longest(case, rank) == TOKENS);
+        full.next().expect("one in thirteen is full").ranks.swap_remove(rank)
+    };
+    (0..config.topology().world_size()).map(rank).collect()
+}
+
+#[test]
+fn a_recorded_dispatch_says_when_its_buffer_is_too_small() {
+    within(LIMIT, || {
+        let config = config(2, 2).build().unwrap();
+        let mut world = OnDevice::new(&config);
+        // Token t names the experts t to t + 3 of 8: ranks get 28 of the 48 tokens.
+        let layers = layers(&mut world, BF16, 20);
+        fill(&world, &layers, &Case::regular(&config, BF16, TOKENS));
+        let outcomes = dispatch(&world, &layers);
+        let Err(Error::Refused { reason: Reason::BufferTooSmall { needed, capacity }, .. }) = outcomes[0]
+        else {
+            panic!("{:?}", outcomes[0])
+        };
+        assert!(needed > capacity && outcomes.iter().all(|outcome| *outcome == outcomes[0]));
+        let nobody = Case::regular(&config, BF16, TOKENS);
+        let masked = |rank: RankTokens<'static>| RankTokens {
+            topk_idx: rank.topk_idx.iter().enumerate().map(|(i, &e)| if i < 8 { e } else { -1 }).collect(),
+            ..rank
+        };
+        fill(&world, &layers, &Case { ranks: nobody.ranks.into_iter().map(masked).collect(), ..nobody });
+        assert!(dispatch(&world, &layers).iter().all(|outcome| outcome.is_ok()));
+    });
+}
+
+#[test]
+fn a_recorded_operation_that_a_rank_misses_is_a_fault_until_the_reset() {
+    within(LIMIT, || {
+        let config = config(2, 2).deadline(Duration::from_millis(300)).build().unwrap();
+        let mut world = OnDevice::new(&config);
+        let layers = layers(&mut world, BF16, 4 * TOKENS);
+        let case = Case::regular(&config, BF16, TOKENS);
+        fill(&world, &layers, &case);
+        for rank in [0, 1, 3] {
+            // SAFETY: waited for below.
+            unsafe { layers[rank].dispatch.enqueue(world.stream(rank)).unwrap() };
+        }
+        world.synchronize();
+        let fault = loop {
+            match layers[0].dispatch.outcome() {
+                Some(Err(Error::Fault(fault))) => break fault,
+                outcome => assert!(outcome.is_none(), "{outcome:?}"),
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        assert_eq!(fault.rank, 2, "{fault}");
+        world.ranks.at_once(|comm| comm.reset().unwrap());
+        let stale = Error::Refused { rank: 0, reason: Reason::StaleHandle };
+        // SAFETY: nothing is enqueued.
+        assert_eq!(unsafe { layers[0].dispatch.enqueue(world.stream(0)) }, Err(stale));
+        world.ranks.round_trip(&case);
+    });
+}
+
+#[test]
+fn what_lies_on_the_host_is_not_recorded() {
+    let config = config(1, 2).build().unwrap();
+    let case = Case::regular(&config, BF16, TOKENS);
+    let mut world = OnDevice::new(&config);
+    let routing = world.routing(&case, 0);
+    let comm = &mut world.ranks.comms[0];
+    let wrong = Error::Refused { rank: 0, reason: Reason::WrongMemory };
+    let buffer = comm.recv_buffer(24, BF16).unwrap();
+    let recorded = comm.record_plan_dispatch(routing.clone(), case.x(0), buffer);
+    assert_eq!(recorded.err(), Some(wrong.clone()));
+    let mut host = Ranks::new(&config);
+    let (comm, x) = (&mut host.comms[0], world.of(0, &case.ranks[0].x));
+    let buffer = comm.recv_buffer(24, BF16).unwrap();
+    assert_eq!(comm.record_plan_dispatch(routing, x, buffer).err(), Some(wrong));
+}
+
+// ---- limits
+
+fn refused(config: &Config, kernels: Cuda, limits: Limits) -> Error {
+    let topology = config.topology();
+    let drivers = common::shim::drivers_with(limits, topology.world_size(), topology.ranks_per_node(), 3);
+    let config = config.clone().on(EngineKind::Cuda(kernels));
+    LocalWorld::on_drivers(config, drivers).err().expect("refused")
+}
+
+#[test]
+fn what_the_device_can_not_run_is_refused_at_the_start() {
+    let (config, limits) = (config(1, 4).build().unwrap(), common::shim::limits());
+    let small = common::small_kernels;
+    // Two lanes of two blocks and a plan each, of four ranks: 24 blocks.
+    let error = refused(&config, small(), Limits { sms: 23, ..limits.clone() });
+    assert!(
+        matches!(error, Error::Device(DeviceError::NotResident { ranks: 4, blocks: 6, resident: 23, .. })),
+        "{error}"
+    );
+    let error = refused(&config, small(), Limits { connections: 15, ..limits.clone() });
+    assert!(error.to_string().contains("CUDA_DEVICE_MAX_CONNECTIONS to 16"), "{error}");
+    let error = refused(&config, small(), Limits { shared: 8 << 10, ..limits.clone() });
+    assert!(matches!(&error, Error::Config(error) if error.field == "warps"), "{error}");
+    for (kernels, field, nearest) in [
+        (Cuda { blocks: 0, ..small() }, "blocks", 1),
+        (Cuda { warps: 17, ..small() }, "warps", 16),
+        (Cuda { blocks: 1, warps: 1, ..small() }, "warps", 2),
+        (Cuda { devices: Vec::new(), ..small() }, "devices", 1),
+        (Cuda { combine: Staging { stage_bytes: 1024, stages: 3 }, ..small() }, "stages", 4),
+        (Cuda { dispatch: Staging { stage_bytes: 300, stages: 4 }, ..small() }, "stage_bytes", 512),
+    ] {
+        let Error::Config(error) = refused(&config, kernels, limits.clone()) else { panic!("{field}") };
+        assert_eq!((error.field, error.nearest), (field, Some(nearest)));
+    }
+}
+
+#[test]
+fn more_operations_than_reports_queue_up() {
+    within(LIMIT, || {
+        let config = config(1, 2).build().unwrap();
+        let case = Case::regular(&config, BF16, 4);
+        let mut ranks = Ranks::on_shim(&config);
+        ranks.at_once(|comm| {
+            let pending: Vec<_> = (0..100).map(|_| comm.start_plan(case.routing(comm.rank()))).collect();
+            pending.into_iter().for_each(|pending| drop(pending.wait().unwrap()));
+        });
+        ranks.round_trip(&case);
+    });
+}
+
+#[test]
+fn too_many_tokens_are_refused_by_all() {
+    within(LIMIT, || {
+        let config = config(2, 1).max_tokens(5).build().unwrap();
+        let (case, more) = (Case::regular(&config, BF16, 5), Case::regular(&config, BF16, 6));
+        let mut ranks = Ranks::on_shim(&config);
+        let pending = ranks.each(|comm| match comm.rank() {
+            0 => comm.start_plan(case.routing(0)),
+            rank => comm.start_plan(more.routing(rank)),
+        });
+        let wrong = Error::Refused { rank: 1, reason: Reason::TooManyTokens { tokens: 6, max: 5 } };
+        assert!(pending.into_iter().all(|pending| Error::from(pending.wait().unwrap_err()) == wrong));
+        ranks.round_trip(&case);
+    });
+}
+
+#[test]
+fn a_world_that_goes_ends_what_is_under_way() {
+    within(LIMIT, || {
+        let config = config(2, 2).build().unwrap();
+        let case = Case::regular(&config, BF16, 4);
+        let started = Instant::now();
+        // The default deadline is longer than this test may take.
+        let mut ranks = Ranks::on_shim(&config);
+        let pending = ranks.comms[0].start_plan(case.routing(0));
+        drop(pending);
+        drop(ranks);
+        assert!(started.elapsed() < LIMIT / 2);
     });
 }

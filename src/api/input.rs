@@ -393,6 +393,11 @@ impl<Y: ExpertOutputs> Combine<Y> {
         sums.as_ref().map_or(Ok(()), |sums| check_size(Tensor::TopkWeights, weights, sums.len()))
     }
 
+    /// The outputs, to be changed before the operation that takes them.
+    pub fn outputs_mut(&mut self) -> &mut Y {
+        &mut self.outputs
+    }
+
     /// The outputs and the result buffer, as they were handed in.
     pub fn into_parts(self) -> (Y, Option<Arc<[bf16]>>, Vec<bf16>) {
         (self.outputs, self.bias, self.out)

@@ -143,6 +143,8 @@ impl Communicator {
         let refused = |reason| Error::Refused { rank: self.rank(), reason };
         let Some(buffer) = input.outputs.in_place() else { return Err(refused(Reason::WrongMemory)) };
         buffer.settle()?;
+        // As many rows are read as were dispatched.
+        buffer.set_rows(buffer.capacity());
         let shape = buffer.shape();
         let check = || {
             self.check_handle(handle)?;

@@ -215,7 +215,7 @@ pub unsafe trait Driver: Send + Sync + 'static {
 
     /// Enqueues a copy between any two of: memory of any rank's [`Driver::allocate`] as this one reaches it, memory
     /// of the caller's on this device, memory of the host. Where the host's is not pinned the call may read it before
-    /// it returns, or return only when it has been written. A copy of 8 bytes is one store.
+    /// it returns, or return only when it has been written.
     ///
     /// # Errors
     /// The device has failed.
@@ -223,6 +223,17 @@ pub unsafe trait Driver: Send + Sync + 'static {
     /// # Safety
     /// Both are there until the copy has ended, do not overlap, and nobody else writes them meanwhile.
     unsafe fn copy(&self, stream: RawStream, to: u64, from: u64, bytes: usize) -> Result<(), DeviceError>;
+
+    /// Enqueues a store of `value` in the word at `to`: one write, which whoever polls the word sees only after all that
+    /// came before it on the stream.
+    ///
+    /// # Errors
+    /// The device has failed.
+    ///
+    /// # Safety
+    /// The word lies in memory of some rank's [`Driver::allocate`] as this one reaches it, and is there until the store
+    /// has ended.
+    unsafe fn store(&self, stream: RawStream, to: u64, value: u64) -> Result<(), DeviceError>;
 
     /// Waits until all of `stream` has ended.
     ///

@@ -23,8 +23,24 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// The drivers of a world's ranks, on one machine with a thread of its own (named after the seed), which ends with the
 /// last of them.
 pub fn drivers(world_size: usize, ranks_per_node: usize, seed: u64) -> Vec<Arc<dyn Driver>> {
+    drivers_with(limits(), world_size, ranks_per_node, seed)
+}
+
+/// What the simulated device has.
+pub fn limits() -> Limits {
+    Limits { name: "CPU shim".into(), device: 0, sms: 1 << 10, shared: 227 << 10, connections: 1 << 10 }
+}
+
+/// The same, on a device that has something else.
+pub fn drivers_with(
+    limits: Limits,
+    world_size: usize,
+    ranks_per_node: usize,
+    seed: u64,
+) -> Vec<Arc<dyn Driver>> {
     let machine = Arc::new(Machine::start(ranks_per_node, seed));
-    (0..world_size).map(|rank| Arc::new(ShimDriver::new(machine.clone(), rank)) as Arc<dyn Driver>).collect()
+    let driver = |rank| ShimDriver::new(machine.clone(), rank, limits.clone());
+    (0..world_size).map(|rank| Arc::new(driver(rank)) as Arc<dyn Driver>).collect()
 }
 
 /// What is said to a mutex that a failed test has poisoned: tests fail one by one.
@@ -150,14 +166,7 @@ struct ShimDriver {
 }
 
 impl ShimDriver {
-    fn new(machine: Arc<Machine>, rank: usize) -> Self {
-        let limits = Limits {
-            name: "CPU shim".into(),
-            device: 0,
-            sms: 1 << 10,
-            shared: 227 << 10,
-            connections: 1 << 10,
-        };
+    fn new(machine: Arc<Machine>, rank: usize, limits: Limits) -> Self {
         // Stream 0 is there without being made, as a CUDA driver's.
         let streams = Mutex::new(HashMap::from([(0, 0)]));
         Self { machine, rank, limits, streams, next_stream: AtomicU64::new(1) }
@@ -182,23 +191,6 @@ impl ShimDriver {
         let queued = queue(self.machine.shim());
         *launched += u64::from(queued);
         queued
-    }
-}
-
-/// One store where it is a word: proxies and kernels may read it meanwhile.
-///
-/// # Safety
-/// Both are there, and do not overlap; but for words nobody else writes them.
-unsafe fn copy_bytes(to: u64, from: u64, bytes: usize) {
-    if bytes == 8 && (to | from).is_multiple_of(8) {
-        // SAFETY: aligned words, which are there by the caller.
-        let (to, from) =
-            unsafe { (AtomicU64::from_ptr(to as *mut u64), AtomicU64::from_ptr(from as *mut u64)) };
-        to.store(from.load(Ordering::Acquire), Ordering::Release);
-    } else {
-        // SAFETY: the caller's.
-        unsafe { copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
-        fence(Ordering::Release);
     }
 }
 
@@ -283,7 +275,8 @@ unsafe impl Driver for ShimDriver {
 
     fn prepare(&self, kernel: Kernel, grid: Grid) -> Result<usize, DeviceError> {
         if (1..=16).contains(&grid.warps) && grid.shared <= self.limits.shared {
-            return Ok(1 << 20);
+            // A block fills a multiprocessor here.
+            return Ok(self.limits.sms);
         }
         Err(DeviceError::Unsupported {
             device: self.limits.name.clone(),
@@ -312,8 +305,17 @@ unsafe impl Driver for ShimDriver {
     unsafe fn copy(&self, stream: RawStream, to: u64, from: u64, bytes: usize) -> Result<(), DeviceError> {
         self.machine.check()?;
         assert!(self.is_idle(stream), "here a copy is made at once: nothing may come before it");
-        // SAFETY: the caller's.
-        unsafe { copy_bytes(to, from, bytes) };
+        // SAFETY: both are there, do not overlap, and nobody else writes them, by the caller.
+        unsafe { copy_nonoverlapping(from as *const u8, to as *mut u8, bytes) };
+        fence(Ordering::Release);
+        Ok(())
+    }
+
+    unsafe fn store(&self, stream: RawStream, to: u64, value: u64) -> Result<(), DeviceError> {
+        self.machine.check()?;
+        assert!(self.is_idle(stream), "here a store is made at once: nothing may come before it");
+        // SAFETY: a word that is there, by the caller.
+        unsafe { AtomicU64::from_ptr(to as *mut u64) }.store(value, Ordering::Release);
         Ok(())
     }
 

@@ -8,7 +8,7 @@ mod driver;
 mod library;
 
 #[allow(unused_imports, reason = "not every test file has engines")]
-pub use driver::drivers;
+pub use driver::{drivers, drivers_with, limits};
 pub use library::{Grid, Options, Shim, Traffic};
 
 use std::ffi::c_void;

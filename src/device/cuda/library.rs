@@ -16,7 +16,7 @@ const NEEDED: u32 = 12_040;
 
 /// All calls used. cudarc looks a symbol up when it is first called and panics where there is none, so they are asked
 /// for beforehand.
-const SYMBOLS: [&str; 49] = [
+const SYMBOLS: [&str; 48] = [
     "cuCtxGetCurrent",
     "cuCtxGetStreamPriorityRange",
     "cuCtxSetCurrent",
@@ -59,7 +59,6 @@ const SYMBOLS: [&str; 49] = [
     "cuModuleLoadDataEx",
     "cuModuleUnload",
     "cuOccupancyMaxActiveBlocksPerMultiprocessor",
-    "cuPointerGetAttribute",
     "cuStreamCreateWithPriority",
     "cuStreamDestroy_v2",
     "cuStreamSynchronize",

@@ -261,6 +261,12 @@ unsafe impl Driver for CudaDriver {
         unsafe { stream::copy(stream_of(stream), to, from, bytes) }
     }
 
+    unsafe fn store(&self, stream: RawStream, to: u64, value: u64) -> Result<(), DeviceError> {
+        let _entered = self.context.enter()?;
+        // SAFETY: the caller's.
+        unsafe { stream::store(stream_of(stream), to, value) }
+    }
+
     unsafe fn synchronize(&self, stream: RawStream) -> Result<(), DeviceError> {
         let _entered = self.context.enter()?;
         // SAFETY: the caller's.

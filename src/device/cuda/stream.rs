@@ -5,9 +5,7 @@
 use std::ptr;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{
-    self, CUevent, CUevent_flags, CUpointer_attribute_enum, CUresult, CUstream, CUstream_flags,
-};
+use cudarc::driver::sys::{self, CUevent, CUevent_flags, CUresult, CUstream, CUstream_flags};
 
 use super::context::Context;
 use super::library::{call, check};
@@ -58,31 +56,21 @@ pub(super) unsafe fn is_done(event: CUevent) -> Result<bool, DeviceError> {
 
 /// Enqueues a copy.
 ///
-/// 8 bytes are a word that somebody polls, at an address that is a multiple of 8. From memory that the driver knows,
-/// a copy engine moves them in one transaction: it splits at lines of its own, far longer and aligned. From other
-/// memory of the host the driver would pass them through its command buffer in words of 4 bytes; there the value is
-/// read now and written by the call whose value is 64 bits wide.
-///
 /// # Safety
 /// As for [`Driver::copy`](crate::device::Driver::copy).
 pub(super) unsafe fn copy(stream: CUstream, to: u64, from: u64, bytes: usize) -> Result<(), DeviceError> {
     // SAFETY: the caller's.
-    unsafe {
-        if bytes == 8 && to.is_multiple_of(8) && !is_known(from) && is_known(to) {
-            let value = (from as *const u64).read_unaligned();
-            return call!(cuStreamWriteValue64_v2(stream, to, value, 0));
-        }
-        call!(cuMemcpyAsync(to, from, bytes, stream))
-    }
+    unsafe { call!(cuMemcpyAsync(to, from, bytes, stream)) }
 }
 
-/// Whether the driver has allocated, mapped or pinned what lies at `address`.
-fn is_known(address: u64) -> bool {
-    let mut kind = 0u32;
-    let attribute = CUpointer_attribute_enum::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
-    // SAFETY: the attribute is an integer of 32 bits; an address that the driver does not know is an error.
-    let result = unsafe { sys::cuPointerGetAttribute((&raw mut kind).cast(), attribute, address) };
-    result == CUresult::CUDA_SUCCESS && kind != 0
+/// Enqueues a store of a word. Without flags the write is one of 64 bits, behind a fence for all that came before on the
+/// stream.
+///
+/// # Safety
+/// As for [`Driver::store`](crate::device::Driver::store).
+pub(super) unsafe fn store(stream: CUstream, to: u64, value: u64) -> Result<(), DeviceError> {
+    // SAFETY: the caller's.
+    unsafe { call!(cuStreamWriteValue64_v2(stream, to, value, 0)) }
 }
 
 /// A stream for work that is waited for at once. Never the default stream and never the whole context: kernels that

@@ -270,7 +270,7 @@ impl Rank {
     /// As for [`Driver::copy`], until the call returns.
     pub unsafe fn transfer(&self, to: u64, from: u64, bytes: usize) -> Result<(), Error> {
         // SAFETY: the caller's.
-        Ok(unsafe { lock(&self.transfers).copy_now(to, from, bytes)? })
+        unsafe { lock(&self.transfers).copy_now(to, from, bytes) }.map_err(Error::from)
     }
 
     /// Copies from the host now.

@@ -196,7 +196,7 @@ impl World {
         // Without a slot it is over.
         let Some(slot) = &*lock(&run.slot) else { return Ok(()) };
         // SAFETY: the caller's.
-        Ok(unsafe { self.ranks[run.rank].driver.wait(stream, slot.event.raw())? })
+        unsafe { self.ranks[run.rank].driver.wait(stream, slot.event.raw()) }.map_err(Error::from)
     }
 
     pub(super) fn params(

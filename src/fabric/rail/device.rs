@@ -5,16 +5,11 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::{Completion, Rail, RailError};
-use crate::device::{Driver, Event, Memory, Place, Stream};
+use crate::device::{Driver, Event, Stream};
 use crate::error::DeviceError;
-use crate::fabric::mapped::Mapped;
 use crate::wire::posting::Posting;
-
-/// Words on their way: each lies in host memory until the copy has read it.
-const WORDS: usize = 1024;
 
 /// Batches on their way: each has an event.
 const BATCHES: usize = 64;
@@ -43,17 +38,12 @@ pub struct DeviceRail {
     private: Reached,
     /// By rank; none where this rail does not go.
     regions: Vec<Option<Reached>>,
-    words: Memory,
-    mapped: Mapped,
-    /// Words given away so far.
-    next: usize,
     events: Vec<Event>,
     under_way: VecDeque<Batch>,
 }
 
 struct Batch {
     event: Event,
-    words: usize,
     completions: Vec<Completion>,
 }
 
@@ -71,44 +61,28 @@ impl DeviceRail {
         private: Reached,
         regions: Vec<Option<Reached>>,
     ) -> Result<Self, DeviceError> {
-        let words = Memory::new(driver, Place::Host, 8 * WORDS)?;
-        // SAFETY: pinned memory of this rail's own, as long as it lives; the device reads it only.
-        let mapped = unsafe { Mapped::new(words.address() as *mut u8, words.bytes()) };
         Ok(Self {
             stream: Stream::new(driver)?,
             driver: driver.clone(),
             private,
             regions,
-            words,
-            mapped,
-            next: 0,
             events: (0..BATCHES).map(|_| Event::new(driver)).collect::<Result<_, _>>()?,
             under_way: VecDeque::with_capacity(BATCHES),
         })
     }
 
-    fn free_words(&self) -> usize {
-        WORDS - self.under_way.iter().map(|batch| batch.words).sum::<usize>()
-    }
-
     /// Enqueues a posting's copies.
-    fn carry(&mut self, posting: &Posting) -> Result<(), RailError> {
+    fn carry(&self, posting: &Posting) -> Result<(), RailError> {
         let Posting { peer, source, target, bytes, word, .. } = *posting;
         let outside = |what, offset, bytes| RailError::OutOfRange { what, peer, offset, bytes };
         let region = self.regions.get(peer).copied().flatten().ok_or_else(|| outside("the region", 0, 0))?;
         let from = self.private.at(source, bytes).ok_or_else(|| outside("the source", source, bytes))?;
         let to = region.at(target, bytes).ok_or_else(|| outside("the target", target, bytes))?;
         let word_to = region.at(word, 8).ok_or_else(|| outside("the word", word, 8))?;
-        let slot = 8 * (self.next % WORDS);
-        self.mapped.word(slot).expect("within the words").store(posting.value.0, Ordering::Release);
-        self.next += 1;
-        // SAFETY: both ranges have been checked and stay as they are by the contract of `new`; the word's place is
-        // reused only after the batch has ended.
+        // SAFETY: both ranges and the word have been checked; they stay as they are by the contract of `new`.
         let copied = unsafe {
             let data = if bytes > 0 { self.driver.copy(self.stream.raw(), to, from, bytes) } else { Ok(()) };
-            data.and_then(|()| {
-                self.driver.copy(self.stream.raw(), word_to, self.words.address() + slot as u64, 8)
-            })
+            data.and_then(|()| self.driver.store(self.stream.raw(), word_to, posting.value.0))
         };
         copied.map_err(|error| broken(peer, &error))
     }
@@ -120,18 +94,15 @@ fn broken(peer: usize, error: &DeviceError) -> RailError {
 
 impl Rail for DeviceRail {
     fn post(&mut self, postings: &[Posting]) -> Result<usize, RailError> {
-        let count = postings.len().min(self.free_words());
-        let Some(last) = postings[..count].last() else { return Ok(0) };
+        let Some(last) = postings.last() else { return Ok(0) };
         let Some(event) = self.events.pop() else { return Ok(0) };
-        for posting in &postings[..count] {
-            self.carry(posting)?;
-        }
+        postings.iter().try_for_each(|posting| self.carry(posting))?;
         // SAFETY: both are alive.
         let recorded = unsafe { self.driver.record(event.raw(), self.stream.raw()) };
         recorded.map_err(|error| broken(last.peer, &error))?;
-        let completions = postings[..count].iter().filter_map(Completion::of).collect();
-        self.under_way.push_back(Batch { event, words: count, completions });
-        Ok(count)
+        let completions = postings.iter().filter_map(Completion::of).collect();
+        self.under_way.push_back(Batch { event, completions });
+        Ok(postings.len())
     }
 
     fn poll(&mut self, completions: &mut Vec<Completion>) -> Result<(), RailError> {
