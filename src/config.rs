@@ -34,6 +34,16 @@ pub struct Staging {
     pub stages: usize,
 }
 
+/// How data goes between the devices of ranks of one process that are on different "nodes".
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Rails {
+    /// From device to device where they reach each other, else by way of the host.
+    #[default]
+    Any,
+    /// By way of the host, as to a fabric that does not reach device memory.
+    Staged,
+}
+
 /// How the kernels of a rank run. [`Budget`](crate::budget::Budget) derives it from a workload and a machine; the
 /// default suits one H100 per rank.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -50,6 +60,11 @@ pub struct Cuda {
     pub dispatch: Staging,
     /// Stages of a combining warp, of [`SUM_BYTES`](crate::wire::device::SUM_BYTES) each.
     pub combine: Staging,
+    /// Whether a dispatch and a combine of a rank may run at the same time. All blocks that may must fit the device
+    /// together: without, twice as many do.
+    pub overlap: bool,
+    /// How rails between ranks of one process go.
+    pub rails: Rails,
     /// Cores for the proxies, rank i on the one at i modulo their number; none: anywhere.
     pub proxy_cores: Vec<usize>,
 }
@@ -63,6 +78,8 @@ impl Default for Cuda {
             plan_warps: 16,
             dispatch: Staging { stage_bytes: 2048, stages: 8 },
             combine: Staging { stage_bytes: 1024, stages: 16 },
+            overlap: true,
+            rails: Rails::default(),
             proxy_cores: Vec::new(),
         }
     }

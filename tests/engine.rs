@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use bytemuck::Pod;
 use common::{BF16, Case, LIMIT, Ranks, config, contents, within};
 use half::bf16;
-use railhop::config::Staging;
+use railhop::config::{Rails, Staging};
 use railhop::device::{Driver, Limits, Memory, Place, Stream};
 use railhop::error::{DeviceError, Reason};
 use railhop::reference::oracle::RankTokens;
@@ -406,12 +406,14 @@ fn refused(config: &Config, kernels: Cuda, limits: Limits) -> Error {
 fn what_the_device_can_not_run_is_refused_at_the_start() {
     let (config, limits) = (config(1, 4).build().unwrap(), common::shim::limits());
     let small = common::small_kernels;
-    // Two lanes of two blocks and a plan each, of four ranks: 24 blocks.
-    let error = refused(&config, small(), Limits { sms: 23, ..limits.clone() });
+    // Two lanes of two blocks, of four ranks.
+    let error = refused(&config, small(), Limits { sms: 15, ..limits.clone() });
     assert!(
-        matches!(error, Error::Device(DeviceError::NotResident { ranks: 4, blocks: 6, resident: 23, .. })),
+        matches!(error, Error::Device(DeviceError::NotResident { ranks: 4, blocks: 4, resident: 15, .. })),
         "{error}"
     );
+    let error = refused(&config, Cuda { overlap: false, ..small() }, Limits { sms: 7, ..limits.clone() });
+    assert!(matches!(error, Error::Device(DeviceError::NotResident { blocks: 2, .. })), "{error}");
     let error = refused(&config, small(), Limits { connections: 15, ..limits.clone() });
     assert!(error.to_string().contains("CUDA_DEVICE_MAX_CONNECTIONS to 16"), "{error}");
     let error = refused(&config, small(), Limits { shared: 8 << 10, ..limits.clone() });
@@ -427,6 +429,45 @@ fn what_the_device_can_not_run_is_refused_at_the_start() {
         let Error::Config(error) = refused(&config, kernels, limits.clone()) else { panic!("{field}") };
         assert_eq!((error.field, error.nearest), (field, Some(nearest)));
     }
+}
+
+#[test]
+fn lanes_that_must_not_overlap_run_one_after_the_other() {
+    within(LIMIT, || {
+        let config = config(2, 2).build().unwrap();
+        let kernels = Cuda { overlap: false, ..common::small_kernels() };
+        let drivers = common::shim::drivers_with(Limits { sms: 8, ..common::shim::limits() }, 4, 2, 4);
+        let world = LocalWorld::on_drivers(config.clone().on(EngineKind::Cuda(kernels)), drivers).unwrap();
+        let mut ranks = Ranks { comms: world.into_communicators() };
+        let case = Case::random(&config, BF16, 20, 8);
+        let handles = ranks.plan(&case);
+        let received = ranks.dispatch(&handles, BF16, |rank| case.x(rank));
+        let outputs = ranks.experts(&case, &received);
+        let buffers = ranks.buffers(&handles, BF16);
+        let started =
+            ranks.comms.iter_mut().zip(outputs.into_iter().zip(buffers)).map(|(comm, (y, buffer))| {
+                let handle = &handles[comm.rank()];
+                let combine = comm.start_combine(handle, Combine::new(y));
+                (combine, comm.start_dispatch(handle, case.x(comm.rank()), buffer))
+            });
+        for (rank, (combine, dispatch)) in started.collect::<Vec<_>>().into_iter().enumerate() {
+            let (combined, received) = (combine.wait().unwrap(), dispatch.wait().unwrap());
+            case.verify(rank, &handles[rank], &received.buffer, &combined.x);
+        }
+    });
+}
+
+#[test]
+fn rails_go_by_way_of_the_host_where_they_must() {
+    within(LIMIT, || {
+        let config = config(3, 2).ring_slots(4).build().unwrap();
+        let case = Case::random(&config, BF16, 30, 8);
+        let kernels = Cuda { rails: Rails::Staged, ..common::small_kernels() };
+        let drivers = common::shim::drivers(6, 2, 5);
+        let world = LocalWorld::on_drivers(config.clone().on(EngineKind::Cuda(kernels)), drivers).unwrap();
+        let staged = outcome(Ranks { comms: world.into_communicators() }, std::slice::from_ref(&case));
+        assert!(staged == outcome(Ranks::new(&config), std::slice::from_ref(&case)));
+    });
 }
 
 #[test]

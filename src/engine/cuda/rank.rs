@@ -11,13 +11,13 @@ use bytemuck::bytes_of;
 
 use super::poll;
 use super::start::Run;
-use crate::config::{Config, Cuda};
+use crate::config::{Config, Cuda, Rails};
 use crate::device::{Driver, Event, Grid, Kernel, Memory, Place, RawStream, Stream};
 use crate::engine::completion::lock;
 use crate::error::{ConfigError, DeviceError, Error};
 use crate::fabric::mapped::Mapped;
-use crate::fabric::proxy::{Patience, Proxy, ProxyThread};
-use crate::fabric::rail::{DeviceRail, Reached};
+use crate::fabric::proxy::{MERGE_BYTES, Patience, Proxy, ProxyThread};
+use crate::fabric::rail::{DeviceRail, Inbox, Outbox, Rail, Reached, StagedRail};
 use crate::numeric::ScaleFormat;
 use crate::wire::device::{
     HandleMap, MailboxMap, PlanShared, PrivateMap, REPORTS, TableMap, WarpMap, expert_places,
@@ -25,6 +25,9 @@ use crate::wire::device::{
 use crate::wire::kernel::{Addresses, Maps};
 use crate::wire::region::{LANES, Lane, RegionMap};
 use crate::wire::shape::{RowFormat, RowShape};
+
+/// Pinned memory for what goes by way of the host, at least.
+const STAGING_BYTES: usize = 4 << 20;
 
 /// One rank of this process. What kernels, the proxy and streams use is dropped after them.
 pub struct Rank {
@@ -158,30 +161,63 @@ impl Rank {
         if self.config.topology().nodes() == 1 {
             return Ok(());
         }
-        let proxy = self.proxy(generation, self.rail(ranks)?)?;
+        let proxy = self.proxy(generation, self.rail(ranks, cuda.rails)?)?;
         let cores = &cuda.proxy_cores;
         let core = (!cores.is_empty()).then(|| cores[self.rank % cores.len()]);
         *lock(&self.proxy) = Some(ProxyThread::spawn(proxy, Patience::default(), core)?);
         Ok(())
     }
 
-    fn proxy(&self, generation: u16, rail: DeviceRail) -> Result<Proxy<DeviceRail>, ConfigError> {
+    fn proxy(&self, generation: u16, rail: Box<dyn Rail>) -> Result<Proxy<Box<dyn Rail>>, ConfigError> {
         let (config, map) = (self.config.clone(), self.region_map.clone());
         Proxy::new(config, map, self.rank, generation, self.mailbox, rail)
     }
 
-    fn rail(&self, ranks: &[Self]) -> Result<DeviceRail, Error> {
+    /// The ranks on the other end of the rail.
+    fn rail_peers<'a>(&self, ranks: &'a [Self]) -> impl Iterator<Item = &'a Self> + use<'a> {
         let topology = self.config.topology();
-        let mut regions = vec![None; ranks.len()];
-        for node in (0..topology.nodes()).filter(|&node| node != topology.node_of(self.rank)) {
-            let peer = topology.rank(node, topology.local_of(self.rank));
-            let (memory, bytes) = (&ranks[peer].region, ranks[peer].region.bytes());
-            regions[peer] = Some(Reached { address: memory.reached_by(&*self.driver)?, bytes });
+        let (own, local) = (topology.node_of(self.rank), topology.local_of(self.rank));
+        let nodes = (0..topology.nodes()).filter(move |&node| node != own);
+        nodes.map(move |node| &ranks[topology.rank(node, local)])
+    }
+
+    fn rail(&self, ranks: &[Self], rails: Rails) -> Result<Box<dyn Rail>, Error> {
+        if rails == Rails::Any {
+            match self.device_rail(ranks) {
+                Err(DeviceError::Unsupported { what, .. }) => {
+                    tracing::info!(rank = self.rank, what, "the rail goes by way of the host");
+                }
+                rail => return Ok(Box::new(rail?)),
+            }
         }
-        let private = Reached { address: self.private.address(), bytes: self.private.bytes() };
+        Ok(Box::new(self.staged_rail(ranks)?))
+    }
+
+    fn device_rail(&self, ranks: &[Self]) -> Result<DeviceRail, DeviceError> {
+        let mut regions = vec![None; ranks.len()];
+        for peer in self.rail_peers(ranks) {
+            let address = peer.region.reached_by(&*self.driver)?;
+            regions[peer.rank] = Some(Reached { address, bytes: peer.region.bytes() });
+        }
         // SAFETY: the rail goes with the proxy, which is stopped before any rank's memory is freed; what kernels
         // post keeps to the protocol.
-        Ok(unsafe { DeviceRail::new(&self.driver, private, regions)? })
+        unsafe { DeviceRail::new(&self.driver, reached(&self.private), regions) }
+    }
+
+    fn staged_rail(&self, ranks: &[Self]) -> Result<StagedRail, DeviceError> {
+        let mut inboxes: Vec<_> = ranks.iter().map(|_| None).collect();
+        for peer in self.rail_peers(ranks) {
+            // SAFETY: as for the rail between devices.
+            inboxes[peer.rank] = Some(unsafe { Inbox::new(&peer.driver, reached(&peer.region))? });
+        }
+        // The largest put is a chunk of the largest slots, or a rail record; merged ones are no larger than a chunk may
+        // be, or than they are merged to.
+        let chunk = self.config.ring_slots()
+            * LANES.map(|lane| self.region_map.max_pitch(lane)).into_iter().max().unwrap_or(0);
+        let bytes = (2 * chunk.max(self.region_map.rail_bytes()).max(MERGE_BYTES)).max(STAGING_BYTES);
+        // SAFETY: as above.
+        let outbox = unsafe { Outbox::new(&self.driver, reached(&self.private), bytes)? };
+        Ok(StagedRail::new(outbox, inboxes))
     }
 
     /// Ends a generation: lets the proxy do what was asked of it, for `limit` at most, and stops it.
@@ -283,6 +319,11 @@ impl Rank {
     }
 }
 
+/// Memory as its own device reaches it.
+fn reached(memory: &Memory) -> Reached {
+    Reached { address: memory.address(), bytes: memory.bytes() }
+}
+
 /// Bytes of a plan of no tokens.
 fn blank_bytes(config: &Config) -> usize {
     HandleMap::new(config, 0, config.max_topk, 0).bytes
@@ -332,7 +373,8 @@ pub fn check_devices(config: &Config, cuda: &Cuda, drivers: &[Arc<dyn Driver>]) 
             resident = resident.min(driver.prepare(kernel, grids.rows)?);
         }
         let here = ranks[&limits.device];
-        let (device, blocks) = (limits.name.clone(), LANES.len() * (cuda.blocks + 1));
+        // A plan's block comes before its lane's others, and is gone by then.
+        let (device, blocks) = (limits.name.clone(), concurrent_lanes(cuda).len() * cuda.blocks);
         if here * blocks > resident {
             return Err(DeviceError::NotResident { device, ranks: here, blocks, resident }.into());
         }
@@ -348,6 +390,11 @@ pub fn check_devices(config: &Config, cuda: &Cuda, drivers: &[Arc<dyn Driver>]) 
         }
     }
     Ok(())
+}
+
+/// The lanes that may run at the same time.
+pub fn concurrent_lanes(cuda: &Cuda) -> &'static [Lane] {
+    if cuda.overlap { &LANES } else { &LANES[..1] }
 }
 
 fn check_shared(grid: Grid, most: usize) -> Result<(), ConfigError> {

@@ -9,7 +9,7 @@ use bytemuck::bytes_of;
 
 use super::World;
 use super::plan::DevicePlan;
-use super::rank::{Grids, Rank, Slot};
+use super::rank::{Grids, LaneQueue, Rank, Slot};
 use super::request::{Request, Staged};
 use crate::device::{Kernel, RawStream};
 use crate::engine::completion::{Completion, Waiter, lock};
@@ -116,10 +116,10 @@ impl World {
         // SAFETY: the parameters are those of this rank's memory, which stays as long as the world; what else they
         // name is the run's, or the caller's by contract.
         unsafe {
-            if let (Some(last), true) = (queue.runs.back(), queue.stream.is_some_and(|last| last != stream))
-                && let Some(slot) = &*lock(&last.slot)
-            {
-                this.driver.wait(stream, slot.event.raw())?;
+            self.follow(this, &queue, stream)?;
+            if !self.cuda.overlap {
+                let other = LANES.into_iter().find(|&other| other != lane).expect("there are two");
+                self.follow(this, &lock(this.lane(other)), stream)?;
             }
             self.launch(this, stream, request.kind, &request.shape, &params)?;
             this.driver.record(slot.event.raw(), stream)?;
@@ -139,6 +139,20 @@ impl World {
         queue.runs.push_back(run.clone());
         tracing::debug!(rank, kind = %run.kind, number = run.number, "operation enqueued");
         Ok(run)
+    }
+
+    /// Makes what is enqueued next on `stream` come after the last operation of a lane.
+    ///
+    /// # Safety
+    /// The stream is alive.
+    unsafe fn follow(&self, rank: &Rank, queue: &LaneQueue, stream: RawStream) -> Result<(), DeviceError> {
+        let Some(last) = queue.runs.back().filter(|_| queue.stream != Some(stream)) else { return Ok(()) };
+        match &*lock(&last.slot) {
+            // SAFETY: the caller's; an event lives as long as its slot.
+            Some(slot) => unsafe { rank.driver.wait(stream, slot.event.raw()) },
+            // It is over.
+            None => Ok(()),
+        }
     }
 
     /// Enqueues the kernels of an operation.

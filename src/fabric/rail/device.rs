@@ -24,7 +24,7 @@ pub struct Reached {
 }
 
 impl Reached {
-    fn at(&self, offset: usize, bytes: usize) -> Option<u64> {
+    pub(super) fn at(&self, offset: usize, bytes: usize) -> Option<u64> {
         let end = offset.checked_add(bytes)?;
         (end <= self.bytes).then_some(self.address + offset as u64)
     }
@@ -88,7 +88,7 @@ impl DeviceRail {
     }
 }
 
-fn broken(peer: usize, error: &DeviceError) -> RailError {
+pub(super) fn broken(peer: usize, error: &DeviceError) -> RailError {
     RailError::Broken { peer, reason: error.to_string() }
 }
 

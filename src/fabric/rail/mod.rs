@@ -2,15 +2,18 @@
 //!
 //! - [`LocalRail`]: ranks of one process, whose memories the host can address.
 //! - [`DeviceRail`]: ranks of one process on devices: puts and signals are copies on a stream.
+//! - [`StagedRail`]: the same by way of the host, for devices that don't reach each other.
 //! - [`NullRail`]: builds what a NIC would be given and carries nothing, to measure what posting costs.
 
 mod device;
 mod local;
 mod null;
+mod staged;
 
 pub use device::{DeviceRail, Reached};
 pub use local::LocalRail;
 pub use null::{NullRail, WorkRequest, work};
+pub use staged::{Inbox, Outbox, Staged, StagedRail};
 
 use crate::wire::posting::Posting;
 use crate::wire::word::Word;
@@ -38,6 +41,20 @@ pub trait Rail: Send {
 
     /// Whether nothing is under way: every posting has left its source.
     fn is_idle(&self) -> bool;
+}
+
+impl Rail for Box<dyn Rail> {
+    fn post(&mut self, postings: &[Posting]) -> Result<usize, RailError> {
+        (**self).post(postings)
+    }
+
+    fn poll(&mut self, completions: &mut Vec<Completion>) -> Result<(), RailError> {
+        (**self).poll(completions)
+    }
+
+    fn is_idle(&self) -> bool {
+        (**self).is_idle()
+    }
 }
 
 /// The data of a posting has left its source.
