@@ -89,6 +89,13 @@
 //! Dropping or forgetting a [`Pending`], a buffer, a handle or a [`Communicator`] on one rank never corrupts
 //! another: operations under way complete, and whoever waits for a rank that is gone gets a typed error.
 //!
+//! # On GPUs
+//!
+//! [`ConfigBuilder::cuda`] runs the roles as kernels; every call works as on the host. Rows may stay in device memory
+//! ([`DeviceSlice`], [`RecvBuffer::device`]); [`Communicator::after`], [`Pending::before`] and
+//! [`Communicator::use_stream`] order operations with the caller's kernels; what [`Communicator::record_dispatch`] and
+//! its kin record needs no host to run, and can be captured in a CUDA graph.
+//!
 //! # Backward
 //!
 //! The backward of dispatch is [`Communicator::combine`] of the gradients of the received rows, with

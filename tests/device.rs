@@ -13,7 +13,10 @@ use std::time::{Duration, Instant};
 use bytemuck::{Pod, bytes_of};
 use railhop::device::{Driver, Event, Grid, Kernel, Memory, Place, Stream};
 use railhop::error::DeviceError;
+use railhop::fabric::rail::{DeviceRail, Inbox, Outbox, Rail, RailError, Reached, StagedRail};
 use railhop::wire::local::{DequantiseParams, ExpertOrder, ExpertOrderParams};
+use railhop::wire::posting::Posting;
+use railhop::wire::word::Word;
 
 use shim::drivers;
 
@@ -292,5 +295,115 @@ fn the_last_driver_takes_the_machine_along() {
     drop((rows, scales, driver));
     while is_running(name) {
         assert!(Instant::now() < deadline, "its thread has ended");
+    }
+}
+
+// ---- rails
+
+/// A posting of `bytes` bytes from and to the same offset, on the only queue to rank 1.
+fn posting(offset: usize, bytes: usize, value: u64) -> Posting {
+    let completion = (bytes > 0).then_some(8);
+    Posting {
+        peer: 1,
+        queue: 0,
+        source: offset,
+        target: offset,
+        bytes,
+        word: 0,
+        completion,
+        value: Word(value),
+    }
+}
+
+/// Two ranks, the private memory of one and the region of the other, and rails between them.
+struct Ends {
+    rails: Vec<Box<dyn Rail>>,
+    private: Memory,
+    region: Memory,
+    drivers: Vec<Arc<dyn Driver>>,
+}
+
+fn ends(room: usize) -> Ends {
+    let drivers = drivers(2, 1, 9);
+    let private = Memory::new(&drivers[0], Place::Device, 4096).unwrap();
+    let region = Memory::new(&drivers[1], Place::Shared, 4096).unwrap();
+    let reached = |memory: &Memory| Reached { address: memory.address(), bytes: memory.bytes() };
+    // SAFETY: the memories outlive the rails, and the tests wait.
+    let rails: Vec<Box<dyn Rail>> = unsafe {
+        let outbox = Outbox::new(&drivers[0], reached(&private), room).unwrap();
+        let inboxes = vec![None, Some(Inbox::new(&drivers[1], reached(&region)).unwrap())];
+        let regions = vec![None, Some(reached(&region))];
+        vec![
+            Box::new(DeviceRail::new(&drivers[0], reached(&private), regions).unwrap()),
+            Box::new(StagedRail::new(outbox, inboxes)),
+        ]
+    };
+    Ends { rails, private, region, drivers }
+}
+
+#[test]
+fn rails_deliver_in_order_with_little_room() {
+    let Ends { rails, private, region, drivers } = ends(256);
+    let stream = Stream::new(&drivers[0]).unwrap();
+    for mut rail in rails {
+        let mut completions = Vec::new();
+        for value in 1..200u64 {
+            let (offset, bytes) = (64 + (value as usize * 56) % 3000, [0, 8, 100, 256][value as usize % 4]);
+            let data = vec![value as u8; 256];
+            let mut got = vec![0u8; bytes];
+            // SAFETY: in range, and nothing is under way.
+            unsafe {
+                stream.copy_now(private.address() + offset as u64, data.as_ptr() as u64, bytes).unwrap()
+            };
+            while rail.post(&[posting(offset, bytes, value)]).unwrap() == 0 {
+                rail.poll(&mut completions).unwrap();
+            }
+            while !rail.is_idle() {
+                rail.poll(&mut completions).unwrap();
+            }
+            let mut word = 0u64;
+            // SAFETY: as above.
+            unsafe {
+                stream.copy_now(got.as_mut_ptr() as u64, region.address() + offset as u64, bytes).unwrap();
+                stream.copy_now(&raw mut word as u64, region.address(), 8).unwrap();
+            }
+            assert!((word, &got[..]) == (value, &data[..bytes]));
+        }
+        let values: Vec<u64> = completions.iter().map(|completion| completion.value.0).collect();
+        let with_data: Vec<u64> = (1..200).filter(|value| value % 4 != 0).collect();
+        assert_eq!(values, with_data);
+    }
+}
+
+#[test]
+fn rails_take_what_there_is_room_for() {
+    let mut ends = ends(256);
+    for rail in &mut ends.rails {
+        let postings: Vec<_> = (1..=10).map(|value| posting(64, 100, value)).collect();
+        let (mut taken, mut completions) = (0, Vec::new());
+        while taken < postings.len() || !rail.is_idle() {
+            taken += rail.post(&postings[taken..]).unwrap();
+            rail.poll(&mut completions).unwrap();
+        }
+        assert!(completions.iter().map(|completion| completion.value.0).eq(1..=10));
+    }
+}
+
+#[test]
+fn rails_refuse_what_is_outside() {
+    let mut ends = ends(256);
+    for rail in &mut ends.rails {
+        let outside = [
+            posting(4090, 8, 1),
+            Posting { target: 4090, ..posting(64, 8, 1) },
+            Posting { word: 4092, ..posting(64, 8, 1) },
+            Posting { peer: 0, ..posting(64, 8, 1) },
+            Posting { peer: 7, ..posting(64, 8, 1) },
+        ];
+        for posting in outside {
+            // The staged rail sees the far end when the data has come.
+            let outcome = rail.post(&[posting]).and_then(|_| rail.poll(&mut Vec::new()));
+            assert!(matches!(outcome, Err(RailError::OutOfRange { .. })), "{posting:?}: {outcome:?}");
+        }
     }
 }

@@ -357,20 +357,22 @@ pub fn check_devices(config: &Config, cuda: &Cuda, drivers: &[Arc<dyn Driver>]) 
         let value = drivers.len() as u64;
         return Err(ConfigError { field: "drivers", value, reason, nearest: Some(world as u64) }.into());
     }
-    let format = RowFormat::Fp8(ScaleFormat::F32);
-    let widest = RowShape { hidden: config.max_hidden, topk: config.max_topk, format };
+    let widest = |format| RowShape { hidden: config.max_hidden, topk: config.max_topk, format };
     let mut ranks = BTreeMap::<u64, usize>::new();
     drivers.iter().for_each(|driver| *ranks.entry(driver.limits().device).or_default() += 1);
     for driver in drivers {
         let limits = driver.limits();
         let mut resident = usize::MAX;
         for (lane, kernel) in [(Lane::Dispatch, Kernel::Dispatch), (Lane::Combine, Kernel::Combine)] {
-            let grids = Grids::new(config, cuda, lane, &widest);
-            for grid in [grids.plan, grids.rows] {
+            let plain = Grids::new(config, cuda, lane, &widest(RowFormat::Bf16));
+            for grid in [plain.plan, plain.rows] {
                 check_shared(grid, limits.shared)?;
             }
-            driver.prepare(Kernel::Plan, grids.plan)?;
-            resident = resident.min(driver.prepare(kernel, grids.rows)?);
+            // Rows with scales take more. Whether that fits is seen when there are any.
+            let scaled = Grids::new(config, cuda, lane, &widest(RowFormat::Fp8(ScaleFormat::F32)));
+            let most = Grid { shared: scaled.rows.shared.min(limits.shared), ..scaled.rows };
+            driver.prepare(Kernel::Plan, plain.plan)?;
+            resident = resident.min(driver.prepare(kernel, most)?);
         }
         let here = ranks[&limits.device];
         // A plan's block comes before its lane's others, and is gone by then.
@@ -397,7 +399,8 @@ pub fn concurrent_lanes(cuda: &Cuda) -> &'static [Lane] {
     if cuda.overlap { &LANES } else { &LANES[..1] }
 }
 
-fn check_shared(grid: Grid, most: usize) -> Result<(), ConfigError> {
+/// A block of `grid` gets its shared memory.
+pub fn check_shared(grid: Grid, most: usize) -> Result<(), ConfigError> {
     if grid.shared <= most {
         return Ok(());
     }

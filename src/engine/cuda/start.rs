@@ -9,7 +9,7 @@ use bytemuck::bytes_of;
 
 use super::World;
 use super::plan::DevicePlan;
-use super::rank::{Grids, LaneQueue, Rank, Slot};
+use super::rank::{Grids, LaneQueue, Rank, Slot, check_shared};
 use super::request::{Request, Staged};
 use crate::device::{Kernel, RawStream};
 use crate::engine::completion::{Completion, Waiter, lock};
@@ -104,6 +104,8 @@ impl World {
     unsafe fn enqueue(&self, rank: usize, request: Request<'_>, staged: Staged) -> Result<Arc<Run>, Error> {
         let this = &self.ranks[rank];
         let lane = Lane::of(request.kind);
+        let shape = valid(&self.config, &request.shape);
+        check_shared(Grids::new(&self.config, &self.cuda, lane, &shape).rows, this.driver.limits().shared)?;
         let slot = this.take_slot(self.config.deadline).ok_or_else(|| DeviceError::Call {
             call: "start",
             reason: "no report has become free within the deadline".into(),
