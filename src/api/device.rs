@@ -6,6 +6,7 @@ use std::any::Any;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use half::bf16;
 
 use super::input::{ScaleOrder, TokensAt, check_scales, check_size, sealed};
@@ -48,6 +49,16 @@ impl<T> DeviceSlice<T> {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+}
+
+impl<T: Send + Sync + 'static> From<Arc<CudaSlice<T>>> for DeviceSlice<T> {
+    /// The elements of `slice`, which must be on the rank's device. Its own stream and events know nothing of the
+    /// operations that use it: [`Communicator::after`](crate::Communicator::after) that stream and
+    /// [`Pending::before`](crate::Pending::before) it order them.
+    fn from(slice: Arc<CudaSlice<T>>) -> Self {
+        let (address, len) = (slice.device_ptr(slice.stream()).0, slice.len());
+        Self { address, len, _owner: slice, _elements: PhantomData }
     }
 }
 
@@ -144,5 +155,13 @@ impl StreamRef {
     /// after it, is over.
     pub unsafe fn from_raw(stream: u64) -> Self {
         Self(RawStream(stream))
+    }
+
+    /// The same of a stream of cudarc's.
+    ///
+    /// # Safety
+    /// As for [`StreamRef::from_raw`].
+    pub unsafe fn from_cudarc(stream: &CudaStream) -> Self {
+        Self(RawStream(stream.cu_stream() as u64))
     }
 }
