@@ -40,7 +40,7 @@ use std::fmt;
 
 use choose::Chooser;
 
-use crate::config::{Config, ConfigBuilder, MAX_TOPK};
+use crate::config::{Config, ConfigBuilder, Cuda, MAX_TOPK};
 use crate::error::ConfigError;
 use crate::topology::Topology;
 use crate::wire::command;
@@ -403,6 +403,19 @@ impl Budget {
         builder.ring_slots(self.ring_slots).pool_bytes(self.pool_bytes)
     }
 
+    /// How the kernels run on `devices`, over which the ranks are spread round robin.
+    pub fn cuda(&self, devices: Vec<usize>) -> Cuda {
+        Cuda {
+            devices,
+            blocks: self.blocks,
+            warps: self.warps,
+            plan_warps: self.plan_warps,
+            dispatch: self.dispatch_staging,
+            combine: self.combine_staging,
+            ..Cuda::default()
+        }
+    }
+
     /// Starts a configuration for the workload with this budget.
     pub fn config_builder(&self) -> ConfigBuilder {
         self.apply(base_builder(&self.workload))
@@ -536,6 +549,13 @@ mod tests {
         assert_eq!(config.channels(), budget.channels);
         assert_eq!(config.chunk_tokens(), budget.chunk_tokens);
         assert_eq!(config.ring_slots(), budget.ring_slots);
+        let cuda = budget.cuda(vec![1, 3]);
+        assert_eq!(cuda.devices, [1, 3]);
+        assert_eq!(
+            (cuda.blocks, cuda.warps, cuda.plan_warps),
+            (budget.blocks, budget.warps, budget.plan_warps)
+        );
+        assert_eq!((cuda.dispatch, cuda.combine), (budget.dispatch_staging, budget.combine_staging));
         assert!((1..=hardware.sms).contains(&budget.blocks) && (1..=MAX_WARPS).contains(&budget.warps));
         let (region, memory) = (RegionMap::new(&config), &budget.memory);
         assert_eq!(memory.region, config.memory());

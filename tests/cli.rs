@@ -288,6 +288,74 @@ fn plans_that_cannot_work_name_the_field() {
     refused(&["--hop2-gbs", "fast"], 2, "--hop2-gbs");
 }
 
+/// `railhop bench` of a small world, with `options`.
+fn bench(options: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_railhop"));
+    command.args(["bench", "--nodes", "1", "--ranks-per-node", "2", "--tokens", "8", "--hidden", "64"]);
+    command.args(["--experts", "4", "--topk", "2", "--iters", "1", "--workers", "1"]);
+    command.args(options).env_remove("RAILHOP_LOG").output().unwrap()
+}
+
+/// Fails with `code` and one line on stderr that contains `cause`.
+#[track_caller]
+fn failed(output: &Output, code: i32, cause: &str) {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!((output.status.code(), stderr.lines().count()), (Some(code), 1), "{stderr}");
+    assert!(output.stdout.is_empty());
+    assert!(stderr.starts_with("error: ") && stderr.contains(cause), "{stderr:?} has no {cause:?}");
+}
+
+#[test]
+fn benches_on_the_host_say_so() {
+    let output = bench(&["--json"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&report["engine"], report.get("baseline")), (&"host".into(), None));
+    for phase in ["dispatch", "combine"] {
+        assert!(report["speed_of_light"][phase].as_f64().unwrap() > 0.0);
+        assert!(report["gbs_per_rank"][phase].as_f64() < report["gbs"][phase].as_f64());
+    }
+}
+
+/// Where there is no driver these fail and say so; where there is one, it depends on the devices whether they work.
+#[test]
+fn engines_without_a_driver_are_one_error() {
+    let world = ["--nodes", "1", "--ranks-per-node", "2", "--engine", "cuda", "--devices", "0"];
+    let outputs = [replay(TRACE, &world), bench(&["--engine", "cuda", "--blocks", "2", "--warps", "4"])];
+    for output in outputs {
+        match railhop::device::cuda::devices() {
+            Err(missing) => failed(&output, 1, &missing.to_string()),
+            Ok(_) if output.status.success() => {}
+            Ok(_) => failed(&output, 1, ""),
+        }
+    }
+}
+
+#[test]
+fn a_baseline_that_cannot_run_names_what_is_missing() {
+    let output = bench(&["--baseline", "nccl"]);
+    if !output.status.success() {
+        failed(&output, 1, "error: --baseline nccl: ");
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(["libnccl.so", "libnvrtc.so", "CUDA driver", "GPU"].iter().any(|what| stderr.contains(what)));
+    }
+    failed(&bench(&["--baseline", "nccl", "--dtype", "fp8"]), 1, "BF16");
+    failed(&bench(&["--baseline", "mpi"]), 2, "--baseline");
+}
+
+#[test]
+fn engines_and_devices_that_make_no_sense_are_refused() {
+    for devices in ["0,x", "-1", "0,,1", "", "18446744073709551616"] {
+        let devices = format!("--devices={devices}");
+        refused(TRACE, &["--engine", "cuda", &devices], 2, "--devices");
+        failed(&bench(&["--engine", "cuda", &devices]), 2, "--devices");
+    }
+    refused(TRACE, &["--engine", "gpu"], 2, "--engine");
+    refused(TRACE, &["--devices", "0"], 1, "it needs --engine cuda");
+    failed(&bench(&["--devices", "0"]), 1, "it needs --engine cuda");
+    failed(&bench(&["--warps", "4"]), 1, "they need --engine cuda");
+}
+
 #[test]
 fn usage_errors_are_one_line() {
     for arguments in [&[][..], &["replay"], &["replay", TRACE, "--dtype", "fp4"], &["unpack"]] {

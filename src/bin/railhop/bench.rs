@@ -1,26 +1,40 @@
-//! `railhop bench`: plan, dispatch and combine on uniform random routing, against the speed of light.
+//! `railhop bench`: plan, dispatch and combine on uniform random routing, against the speed of light, or on devices
+//! against NCCL.
 
 use std::error::Error;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use clap::ValueEnum;
 use half::bf16;
 use memmap2::{Advice, MmapMut};
+use railhop::budget::{Budget, Hardware, MAX_WARPS, Overrides, Workload};
+use railhop::device::Driver;
+use railhop::device::cuda::CudaDriver;
+use railhop::wire::region::LANES;
 use railhop::wire::shape::{CombineSlot, DispatchSlot, RecvLayout};
 use railhop::{
-    Combine, Communicator, Config, Handle, LocalWorld, RecvBuffer, Routing, RowFormat, RowShape, Topology,
+    Communicator, Config, ConfigBuilder, Handle, LocalWorld, RecvBuffer, Routing, RowFormat, RowShape,
+    ScaleFormat, Topology,
 };
 use serde_json::{Value, json};
 
+use crate::inputs::Inputs;
 use crate::meeting::Meeting;
-use crate::options::{Format, Tuning};
+use crate::nccl;
+use crate::options::{self, Format, Tuning};
 
 /// Bytes each copier copies at a time: so many that memcpy streams, for the bound is to be the best rate.
 const COPY_BYTES: usize = 256 << 20;
 
 /// Iterations before the timed ones.
 const WARMUPS: usize = 2;
+
+/// The timed phases; the last is the three others without a meeting between them.
+const PHASES: [&str; 4] = ["plan", "dispatch", "combine", "total"];
+
+type Failure = Box<dyn Error + Send + Sync>;
 
 /// Uniform random routing on an in-process world.
 #[derive(Debug, clap::Args)]
@@ -52,19 +66,96 @@ pub struct BenchArgs {
     #[arg(long, default_value_t = 1)]
     seed: u64,
     #[command(flatten)]
+    engine: options::Engine,
+    /// Blocks of a dispatch, and of a combine, with --engine cuda [default: as `railhop plan` derives it]
+    #[arg(long)]
+    blocks: Option<usize>,
+    /// Warps of a block, with --engine cuda [default: as `railhop plan` derives it]
+    #[arg(long)]
+    warps: Option<usize>,
+    /// Measure a peer too: nccl is the packed all-to-all by grouped send and receive of BF16 rows. It needs NCCL and a
+    /// GPU for each rank, those of --devices or else the first, whatever --engine is
+    #[arg(long, value_enum)]
+    baseline: Option<Baseline>,
+    #[command(flatten)]
     tuning: Tuning,
     /// Print one JSON object on stdout
     #[arg(long)]
     json: bool,
 }
 
-/// Runs the benchmark and prints its report.
-pub fn run(args: &BenchArgs) -> Result<(), Box<dyn Error + Send + Sync>> {
-    if args.topk > args.experts || args.tokens == 0 || args.iters == 0 {
-        return Err("bench needs topk <= experts, and at least one token and one iteration".into());
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Baseline {
+    Nccl,
+}
+
+impl BenchArgs {
+    /// Refuses options that contradict each other.
+    fn check(&self) -> Result<(), String> {
+        if self.topk > self.experts || self.tokens == 0 || self.iters == 0 {
+            return Err("bench needs topk <= experts, and at least one token and one iteration".into());
+        }
+        if self.baseline.is_none() {
+            self.engine.require_cuda_for_devices()?;
+        } else if self.format.row_format() != RowFormat::Bf16 {
+            return Err("--baseline nccl moves BF16 rows: it can't be compared with --dtype fp8".into());
+        }
+        match self.engine.cuda() {
+            None if self.blocks.is_some() || self.warps.is_some() => {
+                Err("--blocks and --warps are those of kernels: they need --engine cuda".into())
+            }
+            _ => Ok(()),
+        }
     }
+
+    /// What the configuration starts from, and by rank its device: none on the host.
+    fn start(
+        &self,
+        topology: Topology,
+        shape: RowShape,
+    ) -> Result<(ConfigBuilder, Vec<Arc<dyn Driver>>), Failure> {
+        let builder = Config::builder(topology).experts(self.experts).max_tokens(self.tokens);
+        let builder = builder.max_hidden(self.hidden).max_topk(self.topk);
+        let Some(devices) = self.engine.cuda() else { return Ok((self.tuning.apply(builder), Vec::new())) };
+        let ranks = (0..topology.world_size()).zip(devices.iter().cycle());
+        let open = |(_, &device): (usize, _)| Ok(CudaDriver::open(device)? as Arc<dyn Driver>);
+        let drivers = ranks.map(open).collect::<Result<Vec<_>, railhop::Error>>()?;
+        let workload = Workload::new(topology, shape, self.experts, self.tokens);
+        let hardware = hardware(&drivers, shape);
+        let given = Overrides { blocks: self.blocks, warps: self.warps, ..self.tuning.overrides() };
+        let budget = Budget::new(&workload, &hardware, &given)?;
+        let builder = budget.apply(builder).cuda(budget.cuda(devices));
+        Ok((self.tuning.apply(builder), drivers))
+    }
+}
+
+/// What a rank has of its device. All blocks of all ranks that share one run at the same time, those of plans too; and
+/// an engine makes room in shared memory for rows of any format, two of whose rows' scales each warp may hold.
+fn hardware(drivers: &[Arc<dyn Driver>], shape: RowShape) -> Hardware {
+    let usual = Hardware::default();
+    let limits = || drivers.iter().map(|driver| driver.limits());
+    let sharing = |device| limits().filter(|other| other.device == device).count();
+    let sms = limits().map(|device| (device.sms / (LANES.len() * sharing(device.device))).saturating_sub(1));
+    let widest = RowShape { format: RowFormat::Fp8(ScaleFormat::F32), ..shape };
+    let scales = 2 * MAX_WARPS * (widest.scale_pitch() - shape.scale_pitch());
+    let shared = limits().map(|device| device.shared).min().unwrap_or(usual.shared_bytes);
+    Hardware {
+        sms: sms.min().unwrap_or(usual.sms).max(1),
+        shared_bytes: shared.saturating_sub(scales),
+        ..usual
+    }
+}
+
+/// Runs the benchmark and prints its report.
+pub fn run(args: &BenchArgs) -> Result<(), Failure> {
+    args.check()?;
     let bench = Bench::new(args)?;
-    let report = bench.measure()?.report(&bench);
+    // First: what it lacks is known at once.
+    let baseline = args.baseline.map(|Baseline::Nccl| bench.nccl(args)).transpose()?;
+    let mut report = bench.measure()?.report(&bench);
+    if let Some(baseline) = baseline {
+        report["baseline"] = bench.compare(&baseline, &report);
+    }
     match args.json {
         true => println!("{report}"),
         false => print_table(&report),
@@ -81,16 +172,16 @@ struct Bench {
     /// By rank, the rows it receives.
     rows: Vec<usize>,
     tokens: usize,
+    /// By rank, its device; empty on the host.
+    drivers: Vec<Arc<dyn Driver>>,
 }
 
 impl Bench {
-    fn new(args: &BenchArgs) -> Result<Self, Box<dyn Error + Send + Sync>> {
+    fn new(args: &BenchArgs) -> Result<Self, Failure> {
         let topology = Topology::new(args.nodes, args.ranks_per_node)?;
         let world = topology.world_size();
         let shape = RowShape { hidden: args.hidden, topk: args.topk, format: args.format.row_format() };
-        let builder =
-            Config::builder(topology).experts(args.experts).max_hidden(args.hidden).max_topk(args.topk);
-        let builder = args.tuning.apply(builder);
+        let (builder, drivers) = args.start(topology, shape)?;
         let (topk_idx, topk_weights) = (0..world).map(|rank| random_routing(args, rank)).unzip();
         let mut bench = Self {
             config: builder.clone().build()?,
@@ -100,6 +191,7 @@ impl Bench {
             topk_idx,
             topk_weights,
             tokens: args.tokens,
+            drivers,
         };
         let mut received = vec![0; world];
         bench.destinations().for_each(|(_, ranks)| ranks.into_iter().for_each(|rank| received[rank] += 1));
@@ -107,6 +199,7 @@ impl Bench {
         let rows = bench.rows.iter().copied().max().unwrap_or(0);
         let bf16 = RowShape { format: RowFormat::Bf16, ..shape };
         let pool = RecvLayout::new(shape, rows).bytes + RecvLayout::new(bf16, rows).bytes;
+        let pool = pool + options::pool_for_operations(&bench.config, shape, args.tokens);
         bench.config = builder.pool_bytes(pool).build()?;
         Ok(bench)
     }
@@ -125,30 +218,89 @@ impl Bench {
         })
     }
 
-    fn measure(&self) -> Result<Measured, Box<dyn Error + Send + Sync>> {
+    fn measure(&self) -> Result<Measured, Failure> {
         let meeting = Meeting::new(self.config.topology().world_size());
-        let copiers = Mutex::new((Copiers::new(self.config.worker_budget())?, Vec::new()));
+        let copiers =
+            self.drivers.is_empty().then(|| Copiers::new(self.config.worker_budget())).transpose()?;
+        let copiers = Mutex::new((copiers, Vec::new()));
         let ranks = LocalWorld::new(self.config.clone())?.run(|communicator| {
             let mut rank = Rank::new(self, communicator, &meeting)?;
-            let iteration = |index| {
+            let iteration = |_| {
                 if rank.communicator.rank() == 0 {
                     let (copiers, rates) = &mut *copiers.lock().expect("copying does not panic");
-                    rates.push(copiers.rate());
+                    rates.extend(copiers.as_mut().map(Copiers::rate));
                 }
                 let [plan, dispatch, combine] = rank.phases()?;
-                Some((index, [plan, dispatch, combine, rank.total()?]))
+                Some([plan, dispatch, combine, rank.total()?])
             };
-            let times: Option<Vec<_>> = (0..WARMUPS + self.iters).map(iteration).collect();
-            Some(times?.into_iter().filter(|(index, _)| *index >= WARMUPS).map(|(_, times)| times).collect())
+            (0..WARMUPS + self.iters).map(iteration).collect::<Option<Vec<_>>>()
         });
         meeting.outcome()?;
         let ranks: Vec<Vec<_>> = ranks.into_iter().flatten().collect();
-        let (_, copy_gbs) = copiers.into_inner().expect("copying does not panic");
-        let slowest =
-            |iteration: usize, phase: usize| ranks.iter().map(|times| times[iteration][phase]).max();
-        let phase = |phase| (0..self.iters).filter_map(|iteration| slowest(iteration, phase)).collect();
-        Ok(Measured { phases: [0, 1, 2, 3].map(phase), copy_gbs: median(copy_gbs) })
+        let (_, rates) = copiers.into_inner().expect("copying does not panic");
+        let copy_gbs = (!rates.is_empty()).then(|| median(rates));
+        Ok(Measured { phases: slowest(&ranks), copy_gbs })
     }
+
+    /// The tokens of a rank.
+    fn x(&self) -> Vec<bf16> {
+        let value = |i: usize| bf16::from_f32((i * 31 % 251) as f32 / 64.0 - 2.0);
+        (0..self.tokens * self.shape.hidden).map(value).collect()
+    }
+
+    /// The same rows by NCCL.
+    fn nccl(&self, args: &BenchArgs) -> Result<[Vec<Duration>; 4], Failure> {
+        self.shape.check(&self.config)?;
+        let placement = self.config.placement();
+        let job = nccl::Job {
+            devices: args.engine.named().to_vec(),
+            owner: (0..placement.num_experts()).map(|expert| placement.rank_of(expert) as u32).collect(),
+            ranks: self.config.topology().world_size(),
+            hidden: self.shape.hidden,
+            topk: self.shape.topk,
+            topk_idx: &self.topk_idx,
+            topk_weights: &self.topk_weights,
+            x: self.x(),
+            iters: WARMUPS + self.iters,
+            deadline: self.config.deadline(),
+        };
+        Ok(slowest(&job.measure()?))
+    }
+
+    /// A baseline's part of the report: its times, and how many of railhop's they are.
+    fn compare(&self, phases: &[Vec<Duration>; 4], report: &Value) -> Value {
+        let mut part = json!({ "name": "nccl", "sums_on_device": true });
+        for (name, times) in PHASES.iter().zip(phases) {
+            let (figures, seconds) = figures(times);
+            part[name] = figures;
+            part["ratio"][name] =
+                json!(seconds * 1e3 / report[name]["median_ms"].as_f64().unwrap_or(f64::NAN));
+            if ["dispatch", "combine"].contains(name) {
+                part["gbs_per_rank"][name] = json!(self.gbs_per_rank(2 * self.shape.hidden, seconds));
+            }
+        }
+        part
+    }
+
+    /// Bytes of the rows that a rank receives on average, or gives back, per second.
+    fn gbs_per_rank(&self, row: usize, seconds: f64) -> f64 {
+        (self.rows.iter().sum::<usize>() * row) as f64 / self.rows.len() as f64 / seconds / 1e9
+    }
+}
+
+/// Per phase, the slowest rank's time of each iteration after the warm-up.
+fn slowest(ranks: &[Vec<[Duration; 4]>]) -> [Vec<Duration>; 4] {
+    let iterations = ranks.iter().map(Vec::len).min().unwrap_or(0);
+    let slowest = |iteration: usize, phase: usize| ranks.iter().map(|times| times[iteration][phase]).max();
+    [0, 1, 2, 3]
+        .map(|phase| (WARMUPS..iterations).filter_map(|iteration| slowest(iteration, phase)).collect())
+}
+
+/// Median and tail of a phase for the report, and the median in seconds.
+fn figures(times: &[Duration]) -> (Value, f64) {
+    let times: Vec<_> = times.iter().map(Duration::as_secs_f64).collect();
+    let seconds = median(times.clone());
+    (json!({ "median_ms": seconds * 1e3, "p99_ms": quantile(times, 0.99) * 1e3 }), seconds)
 }
 
 /// Distinct uniform experts, as `benches/peer` draws them: each rank owns one splitmix64 stream.
@@ -180,33 +332,31 @@ fn random_routing(args: &BenchArgs, rank: usize) -> (Vec<i64>, Vec<f32>) {
 struct Rank<'a> {
     communicator: Communicator,
     meeting: &'a Meeting,
-    routing: Routing<'a>,
-    x: Arc<[bf16]>,
+    inputs: Inputs<'a>,
     buffers: Buffers,
 }
 
-/// Receive buffer, the experts' outputs where rows are FP8, and the result; taken while in use.
+/// Receive buffer, and the experts' outputs where rows are FP8; taken while in use.
 struct Buffers {
     received: Option<RecvBuffer>,
     outputs: Option<RecvBuffer>,
-    out: Vec<bf16>,
 }
 
 impl<'a> Rank<'a> {
     fn new(bench: &'a Bench, communicator: Communicator, meeting: &'a Meeting) -> Option<Self> {
         let rank = communicator.rank();
-        let elements = bench.tokens * bench.shape.hidden;
-        let buffers = Buffers::new(&communicator, bench.rows[rank], elements, bench.shape);
+        let buffers = Buffers::new(&communicator, bench.rows[rank], bench.shape);
         let buffers = meeting.join(rank, buffers.map_err(|error| error.to_string()))?;
         let (topk_idx, topk_weights) = (&bench.topk_idx[rank], &bench.topk_weights[rank]);
-        let value = |i: usize| bf16::from_f32((i * 31 % 251) as f32 / 64.0 - 2.0);
         let routing = Routing { topk: bench.shape.topk, topk_idx, topk_weights };
-        Some(Self { communicator, meeting, routing, x: (0..elements).map(value).collect(), buffers })
+        let inputs = Inputs::new(bench.drivers.get(rank), routing, bench.x());
+        let inputs = meeting.join(rank, inputs.map_err(|error| error.to_string()))?;
+        Some(Self { communicator, meeting, inputs, buffers })
     }
 
     /// One iteration with a meeting around each phase.
     fn phases(&mut self) -> Option<[Duration; 3]> {
-        let (handle, plan) = self.timed(|rank| rank.communicator.plan(rank.routing))?;
+        let (handle, plan) = self.timed(|rank| rank.inputs.plan(&mut rank.communicator))?;
         let ((), dispatch) = self.timed(|rank| rank.dispatch(&handle))?;
         let ((), combine) = self.timed(|rank| rank.combine(&handle))?;
         Some([plan, dispatch, combine])
@@ -215,7 +365,7 @@ impl<'a> Rank<'a> {
     /// One iteration without.
     fn total(&mut self) -> Option<Duration> {
         let whole = |rank: &mut Self| {
-            let handle = rank.communicator.plan(rank.routing)?;
+            let handle = rank.inputs.plan(&mut rank.communicator)?;
             rank.dispatch(&handle)?;
             rank.combine(&handle)
         };
@@ -227,38 +377,27 @@ impl<'a> Rank<'a> {
         &mut self,
         work: impl FnOnce(&mut Self) -> Result<T, railhop::Error>,
     ) -> Option<(T, Duration)> {
-        let rank = self.communicator.rank();
-        self.meeting.join(rank, Ok(()))?;
-        let started = Instant::now();
-        let result = work(self);
-        let time = started.elapsed();
-        let value = self.meeting.join(rank, result.map_err(|error| error.to_string()))?;
-        Some((value, time))
+        let (rank, meeting) = (self.communicator.rank(), self.meeting);
+        meeting.timed(rank, || work(self))
     }
 
     fn dispatch(&mut self, handle: &Handle) -> Result<(), railhop::Error> {
         let buffer = self.buffers.received.take().expect("put back by every operation");
-        self.buffers.received = Some(self.communicator.dispatch(handle, self.x.clone(), buffer)?.buffer);
+        self.buffers.received = Some(self.inputs.dispatch(&mut self.communicator, handle, buffer)?);
         Ok(())
     }
 
     fn combine(&mut self, handle: &Handle) -> Result<(), railhop::Error> {
-        let Buffers { received, outputs, out } = &mut self.buffers;
+        let Buffers { received, outputs } = &mut self.buffers;
         let place = if outputs.is_some() { outputs } else { received };
-        let input = Combine::new(place.take().expect("put back by every operation")).out(std::mem::take(out));
-        let done = self.communicator.combine(handle, input)?;
-        (*place, *out) = (Some(done.outputs), done.x);
+        let buffer = place.take().expect("put back by every operation");
+        *place = Some(self.inputs.combine(&mut self.communicator, handle, buffer)?);
         Ok(())
     }
 }
 
 impl Buffers {
-    fn new(
-        comm: &Communicator,
-        rows: usize,
-        elements: usize,
-        shape: RowShape,
-    ) -> Result<Self, railhop::Error> {
+    fn new(comm: &Communicator, rows: usize, shape: RowShape) -> Result<Self, railhop::Error> {
         let received = Some(comm.recv_buffer(rows, shape)?);
         let mut outputs = None;
         if shape.format != RowFormat::Bf16 {
@@ -267,7 +406,7 @@ impl Buffers {
             buffer.bf16_mut().fill(bf16::ONE);
             outputs = Some(buffer);
         }
-        Ok(Self { received, outputs, out: vec![bf16::ZERO; elements] })
+        Ok(Self { received, outputs })
     }
 }
 
@@ -299,10 +438,10 @@ impl Copiers {
     }
 }
 
-/// Per phase (plan, dispatch, combine, total), the slowest rank's time of each iteration.
+/// As [`PHASES`], the slowest rank's time of each iteration; and on the host the rate of copies.
 struct Measured {
     phases: [Vec<Duration>; 4],
-    copy_gbs: f64,
+    copy_gbs: Option<f64>,
 }
 
 impl Measured {
@@ -323,27 +462,23 @@ impl Measured {
         let row = shape.row_bytes() + shape.scale_pitch();
         let out = 2 * shape.hidden;
         let moved = |row: usize| (tokens + 2 * hop1 + rows) * row;
-        let times =
-            self.phases.each_ref().map(|times| times.iter().map(Duration::as_secs_f64).collect::<Vec<_>>());
-        let seconds = times.each_ref().map(|times| median(times.clone()));
-        let gbs = |phase: usize, row: usize| moved(row) as f64 / seconds[phase] / 1e9;
-        let phase = |phase: usize| {
-            json!({
-                "median_ms": seconds[phase] * 1e3,
-                "p99_ms": quantile(times[phase].clone(), 0.99) * 1e3,
-            })
-        };
+        let [plan, dispatch, combine, total] = self.phases.each_ref().map(|times| figures(times));
+        let gbs = |(_, seconds): &(Value, f64), row: usize| moved(row) as f64 / seconds / 1e9;
+        let per_rank = |(_, seconds): &(Value, f64), row| bench.gbs_per_rank(row, *seconds);
+        let light = |phase, row| self.copy_gbs.map(|copy_gbs| gbs(phase, row) / copy_gbs);
         json!({
             "nodes": topology.nodes(), "ranks_per_node": topology.ranks_per_node(), "tokens": bench.tokens,
             "hidden": shape.hidden, "experts": bench.config.placement().num_experts(), "topk": topk,
             "format": format!("{:?}", shape.format), "iters": bench.iters,
             "workers": bench.config.worker_budget(), "channels": bench.config.channels(),
             "chunk_tokens": bench.config.chunk_tokens(), "ring_slots": bench.config.ring_slots(),
-            "plan": phase(0), "dispatch": phase(1), "combine": phase(2), "total": phase(3),
-            "tokens_per_s": tokens as f64 / seconds[3],
-            "gbs": { "dispatch": gbs(1, row), "combine": gbs(2, out) },
+            "engine": if bench.drivers.is_empty() { "host" } else { "cuda" },
+            "plan": plan.0, "dispatch": dispatch.0, "combine": combine.0, "total": total.0,
+            "tokens_per_s": tokens as f64 / total.1,
+            "gbs": { "dispatch": gbs(&dispatch, row), "combine": gbs(&combine, out) },
+            "gbs_per_rank": { "dispatch": per_rank(&dispatch, row), "combine": per_rank(&combine, out) },
             "memcpy_gbs": self.copy_gbs,
-            "speed_of_light": { "dispatch": gbs(1, row) / self.copy_gbs, "combine": gbs(2, out) / self.copy_gbs },
+            "speed_of_light": { "dispatch": light(&dispatch, row), "combine": light(&combine, out) },
             "destinations_per_token": rows as f64 / tokens as f64,
             "bytes": {
                 "hop1_without_deduplication": hop1_without * row,
@@ -363,26 +498,41 @@ impl Measured {
 fn print_table(report: &Value) {
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::UTF8_FULL_CONDENSED);
-    table.set_header(["phase", "median ms", "p99 ms", "GB/s", "of the speed of light"]);
-    for phase in ["plan", "dispatch", "combine", "total"] {
+    let mut header = vec!["phase", "median ms", "p99 ms", "GB/s", "of the speed of light"];
+    let baseline = report.get("baseline");
+    if baseline.is_some() {
+        header.extend(["GB/s per rank", "NCCL, ms", "GB/s per rank", "NCCL's time / railhop's"]);
+    }
+    table.set_header(header);
+    for phase in PHASES {
         let number =
             |value: &Value, digits: usize| value.as_f64().map_or(String::new(), |v| format!("{v:.digits$}"));
-        let times = &report[phase];
-        table.add_row([
+        let mut row = vec![
             phase.to_string(),
-            number(&times["median_ms"], 3),
-            number(&times["p99_ms"], 3),
+            number(&report[phase]["median_ms"], 3),
+            number(&report[phase]["p99_ms"], 3),
             number(&report["gbs"][phase], 2),
             number(&report["speed_of_light"][phase], 2),
-        ]);
+        ];
+        row.extend(baseline.into_iter().flat_map(|baseline| {
+            [
+                number(&report["gbs_per_rank"][phase], 2),
+                number(&baseline[phase]["median_ms"], 3),
+                number(&baseline["gbs_per_rank"][phase], 2),
+                number(&baseline["ratio"][phase], 2),
+            ]
+        }));
+        table.add_row(row);
     }
     println!("{table}");
-    let number = |key: &str| report[key].as_f64().unwrap_or_default();
-    println!(
-        "{:.0} tokens/s; memcpy {:.1} GB/s (reads + writes)",
-        number("tokens_per_s"),
-        number("memcpy_gbs")
-    );
+    if baseline.is_some() {
+        println!("NCCL: packing, the exchange of counts and the sums are on the devices and in its times");
+    }
+    let tokens_per_s = report["tokens_per_s"].as_f64().unwrap_or_default();
+    match report["memcpy_gbs"].as_f64() {
+        Some(gbs) => println!("{tokens_per_s:.0} tokens/s; memcpy {gbs:.1} GB/s (reads + writes)"),
+        None => println!("{tokens_per_s:.0} tokens/s"),
+    }
     println!("rings: {} bytes per rank, region: {}", report["ring_bytes"], report["region_bytes"]);
     println!("bytes moved by all ranks: {}", report["bytes"]);
 }
@@ -394,4 +544,29 @@ fn median(values: Vec<f64>) -> f64 {
 fn quantile(mut values: Vec<f64>, q: f64) -> f64 {
     values.sort_by(f64::total_cmp);
     values[((values.len() - 1) as f64 * q).ceil() as usize]
+}
+
+#[cfg(test)]
+mod tests {
+    use railhop::wire::device::WarpMap;
+    use railhop::wire::region::Lane;
+
+    use super::*;
+
+    #[test]
+    fn budgets_leave_room_for_rows_of_any_format() {
+        let usual = Hardware::default();
+        for (hidden, format) in [7168, 512, 4096]
+            .into_iter()
+            .flat_map(|hidden| [RowFormat::Bf16, RowFormat::Fp8(ScaleFormat::Ue8m0)].map(|f| (hidden, f)))
+        {
+            let shape = RowShape { hidden, topk: 8, format };
+            let workload = Workload::new(Topology::new(2, 4).unwrap(), shape, 64, 512);
+            let budget = Budget::new(&workload, &hardware(&[], shape), &Overrides::default()).unwrap();
+            let config = budget.config_builder().build().unwrap();
+            let widest = RowShape { format: RowFormat::Fp8(ScaleFormat::F32), ..shape };
+            let warp = WarpMap::new(&config, Lane::Dispatch, budget.dispatch_staging, &widest);
+            assert!(budget.warps * warp.bytes as usize <= usual.shared_bytes, "{shape:?}");
+        }
+    }
 }

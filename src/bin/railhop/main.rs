@@ -1,7 +1,9 @@
 //! The `railhop` command.
 
 mod bench;
+mod inputs;
 mod meeting;
+mod nccl;
 mod options;
 mod plan;
 mod replay;

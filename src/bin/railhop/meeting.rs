@@ -1,7 +1,9 @@
 //! Where the ranks of a command meet.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::sync::{Barrier, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 /// Where all ranks meet between phases. No clock starts before the others' last work is done,
 /// and a failure of one stops all of them at the same place.
@@ -29,6 +31,20 @@ impl Meeting {
         // Nobody brings the next failure before all have looked.
         self.barrier.wait();
         value.filter(|_| well)
+    }
+
+    /// Does `work` when all ranks are there; its value and time, if all did it.
+    pub fn timed<T, E: Display>(
+        &self,
+        rank: usize,
+        work: impl FnOnce() -> Result<T, E>,
+    ) -> Option<(T, Duration)> {
+        self.join(rank, Ok(()))?;
+        let started = Instant::now();
+        let result = work();
+        let time = started.elapsed();
+        let value = self.join(rank, result.map_err(|error| error.to_string()))?;
+        Some((value, time))
     }
 
     /// The failure of the lowest rank that came with one.

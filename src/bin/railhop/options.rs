@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use clap::ValueEnum;
-use railhop::{ConfigBuilder, RowFormat, ScaleFormat};
+use railhop::budget::Overrides;
+use railhop::wire::device::HandleMap;
+use railhop::{Config, ConfigBuilder, EngineKind, RowFormat, RowShape, ScaleFormat};
 
 /// The format rows are dispatched in.
 #[derive(Debug, Clone, Copy, clap::Args)]
@@ -39,6 +41,61 @@ impl Format {
     }
 }
 
+/// What runs the ranks.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Engine {
+    /// What runs the ranks: threads of the host, or kernels on CUDA devices
+    #[arg(long, value_enum, default_value_t = EngineName::Host)]
+    engine: EngineName,
+    /// CUDA devices, by ordinal; ranks are spread over them round robin [default: 0]
+    #[arg(long, value_name = "0,1,…", value_delimiter = ',')]
+    devices: Vec<usize>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum EngineName {
+    Host,
+    Cuda,
+}
+
+impl Engine {
+    /// The devices to run on; none for the host.
+    pub fn cuda(&self) -> Option<Vec<usize>> {
+        let devices = if self.devices.is_empty() { vec![0] } else { self.devices.clone() };
+        (self.engine == EngineName::Cuda).then_some(devices)
+    }
+
+    /// The devices that were named.
+    pub fn named(&self) -> &[usize] {
+        &self.devices
+    }
+
+    /// Refuses devices that nothing would run on.
+    pub fn require_cuda_for_devices(&self) -> Result<(), String> {
+        match self.engine {
+            EngineName::Host if !self.devices.is_empty() => {
+                Err("--devices names CUDA devices: it needs --engine cuda".into())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What operations of `tokens` tokens a rank take from the pool beside their buffers: on devices a plan, and what is
+/// copied there and back.
+pub fn pool_for_operations(config: &Config, shape: RowShape, tokens: usize) -> usize {
+    /// For whole lines of each block.
+    const ROUNDING: usize = 1 << 12;
+    if *config.engine() == EngineKind::Host {
+        return 0;
+    }
+    let forwarded = tokens * (config.topology().nodes() - 1);
+    let plan = HandleMap::new(config, tokens, shape.topk, forwarded).bytes;
+    let routing = tokens * shape.topk * (size_of::<i64>() + size_of::<f32>());
+    let rows = 2 * (2 * tokens * shape.hidden);
+    plan + routing + rows + ROUNDING
+}
+
 /// What the configuration would otherwise choose.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Tuning {
@@ -60,6 +117,12 @@ pub struct Tuning {
 }
 
 impl Tuning {
+    /// The part of it that a budget is derived around.
+    pub fn overrides(&self) -> Overrides {
+        let Self { channels, chunk_tokens, ring_slots, .. } = *self;
+        Overrides { channels, chunk_tokens, ring_slots, ..Overrides::default() }
+    }
+
     /// Overrides the builder's defaults by what was given.
     pub fn apply(&self, mut builder: ConfigBuilder) -> ConfigBuilder {
         let set = |builder: ConfigBuilder,

@@ -17,13 +17,13 @@ use railhop::reference::trace::Trace;
 use railhop::reference::{dump, experts, verify};
 use railhop::wire::shape::{CombineSlot, DispatchSlot, RecvLayout};
 use railhop::{
-    Combine, Communicator, Config, Dispatched, Error as OpError, LocalWorld, RecvBuffer, Routing, RowFormat,
-    RowShape, Topology,
+    Combine, Communicator, Config, ConfigBuilder, Cuda, Dispatched, Error as OpError, LocalWorld, RecvBuffer,
+    Routing, RowFormat, RowShape, Topology,
 };
 use serde_json::{Value, json};
 
 use crate::meeting::Meeting;
-use crate::options::{Format, Tuning};
+use crate::options::{self, Format, Tuning};
 
 /// The most ranks, each a thread with a region of its own, that are tried in one process.
 const MAX_RANKS: usize = 1024;
@@ -56,6 +56,8 @@ pub struct ReplayArgs {
     /// Write what every rank received and combined, a file for each step and rank
     #[arg(long, value_name = "DIR")]
     dump: Option<PathBuf>,
+    #[command(flatten)]
+    engine: options::Engine,
     #[command(flatten)]
     tuning: Tuning,
     /// Print one JSON object on stdout
@@ -106,14 +108,13 @@ pub fn run(args: &ReplayArgs) -> Result<(), Box<dyn Error + Send + Sync>> {
     // More tokens than the trace has change nothing.
     let tokens = args.tokens_per_rank.min(trace.rows());
     let steps = args.steps.of(trace.steps(world, tokens))?;
-    let builder =
-        Config::builder(topology).experts(trace.num_experts).max_hidden(trace.hidden).max_topk(trace.topk);
-    let builder = args.tuning.apply(builder);
+    let builder = builder(args, topology, &trace, tokens)?;
     let config = builder.clone().build()?;
     shape.check(&config).map_err(about(&args.trace))?;
     let routed = |step| Routed::count(&config, shape.topk, &trace.step(step, world, tokens));
     let routed: Vec<_> = steps.clone().map(routed).collect();
-    let config = builder.pool_bytes(pool_bytes(shape, &routed)).build()?;
+    let pool = pool_bytes(shape, &routed) + options::pool_for_operations(&config, shape, tokens);
+    let config = builder.pool_bytes(pool).build()?;
     if let Some(dir) = &args.dump {
         std::fs::create_dir_all(dir).map_err(about(dir))?;
     }
@@ -149,6 +150,22 @@ fn topology(args: &ReplayArgs) -> Result<Topology, Box<dyn Error + Send + Sync>>
         }
         _ => Ok(topology),
     }
+}
+
+/// What the configuration starts from, for steps of `tokens` tokens a rank.
+fn builder(
+    args: &ReplayArgs,
+    topology: Topology,
+    trace: &Trace,
+    tokens: usize,
+) -> Result<ConfigBuilder, String> {
+    args.engine.require_cuda_for_devices()?;
+    let builder = Config::builder(topology).experts(trace.num_experts).max_topk(trace.topk);
+    let mut builder = args.tuning.apply(builder.max_hidden(trace.hidden).max_tokens(tokens));
+    if let Some(devices) = args.engine.cuda() {
+        builder = builder.cuda(Cuda { devices, ..Cuda::default() });
+    }
+    Ok(builder)
 }
 
 /// Puts the path before an error.
