@@ -11,12 +11,21 @@ u32 Memories::add(u32 rank, const void* base, u64 bytes, bool shared) {
     return count++;
 }
 
+void Memories::forget(u32 id) {
+    std::lock_guard lock(mutex);
+    forgotten.push_back(id);
+    more.store(true, std::memory_order_release);
+}
+
 void Memories::adopt() {
     std::lock_guard lock(mutex);
     auto after = [](const u8* p, const Memory& m) { return p < m.base; };
     for (const Memory& memory : added)
         by_base.insert(std::upper_bound(by_base.begin(), by_base.end(), memory.base, after), memory);
     added.clear();
+    for (u32 id : forgotten) std::erase_if(by_base, [&](const Memory& memory) { return memory.id == id; });
+    forgotten.clear();
+    last = 0;
     more.store(false, std::memory_order_relaxed);
 }
 

@@ -99,8 +99,9 @@ void Shim::enqueue(StreamId id, std::unique_ptr<Launch> launch) {
 /// Takes what has ended off a stream's front.
 void Shim::pop_ended(StreamId id, Stream& stream) {
     while (!stream.launches.empty()) {
-        const Launch& front = *stream.launches.front();
+        Launch& front = *stream.launches.front();
         if (front.ended < front.grid) return;
+        if (front.step && !step_once(front)) return;
         if (front.awaited_entries && inbox.ended(front.awaited) < front.awaited_entries) return;
         stream.launches.pop_front();
         // Threads that ask hear of it; what they then launch, and what waited on this stream, comes after it.
@@ -108,6 +109,17 @@ void Shim::pop_ended(StreamId id, Stream& stream) {
         inbox.entry_ended(id);
         if (options.live && !stream.launches.empty()) stream.launches.front()->begun.release();
     }
+}
+
+/// Does a part of what is no kernel, now or another time; whether it has ended.
+bool Shim::step_once(Launch& launch) {
+    if (!calm() && random.one_in(4)) return false;
+    launch.begun.acquire();
+    launch.stream_order->acquire();
+    bool ended = launch.step(launch.context) != 0;
+    launch.stream_order->release();
+    progress = true;
+    return ended;
 }
 
 // ---- blocks

@@ -31,6 +31,17 @@ uint32_t railhop_shim_memory(RailhopShim* shim, uint32_t rank, void* base, uint6
     return shim->shim.memories.add(rank, base, bytes, shared != 0);
 }
 
+void railhop_shim_forget(RailhopShim* shim, uint32_t memory) {
+    Quiet quiet;
+    shim->shim.memories.forget(memory);
+}
+
+int64_t railhop_shim_params(const char* name) {
+    Quiet quiet;
+    const Kernel* kernel = Kernel::find(name);
+    return kernel ? (int64_t)kernel->params_bytes : -1;
+}
+
 int railhop_shim_launch(RailhopShim* handle, uint32_t rank, uint32_t stream_id, const char* name, uint32_t grid,
                         uint32_t block, uint32_t smem_bytes, const void* params, uint64_t params_bytes) {
     Quiet quiet;
@@ -55,6 +66,15 @@ void railhop_shim_wait(RailhopShim* shim, uint32_t rank, uint32_t stream, uint32
     launch->rank = rank;
     launch->awaited = {other_rank, other_stream};
     launch->awaited_entries = count;
+    shim->shim.submit({rank, stream}, std::move(launch));
+}
+
+void railhop_shim_call(RailhopShim* shim, uint32_t rank, uint32_t stream, ShimStep step, void* ctx) {
+    Quiet quiet;
+    auto launch = std::make_unique<Launch>();
+    launch->rank = rank;
+    launch->step = step;
+    launch->context = ctx;
     shim->shim.submit({rank, stream}, std::move(launch));
 }
 

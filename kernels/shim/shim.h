@@ -1,6 +1,6 @@
 // C interface of the CPU shim, for dlopen. A shim is one simulated machine: ranks with their memories, streams, proxies
 // and NICs. A shim belongs to one thread at a time; several threads may each run their own. While one thread runs a
-// live shim, others may call railhop_shim_memory, launch, wait, ended and stop.
+// live shim, others may call railhop_shim_memory, forget, launch, wait, call, ended and stop.
 #pragma once
 #include <stdint.h>
 
@@ -43,6 +43,12 @@ RAILHOP_SHIM_API void railhop_shim_free(RailhopShim* shim);
 RAILHOP_SHIM_API uint32_t railhop_shim_memory(RailhopShim* shim, uint32_t rank, void* base, uint64_t bytes,
                                               uint32_t shared);
 
+// The memory with this id is gone: whoever touches it from now on touches nothing that is registered.
+RAILHOP_SHIM_API void railhop_shim_forget(RailhopShim* shim, uint32_t memory);
+
+// Bytes of a kernel's parameters; -1: unknown kernel.
+RAILHOP_SHIM_API int64_t railhop_shim_params(const char* kernel);
+
 // Queues a kernel on a stream of a rank; `params` is copied. 0, or -1: unknown kernel, wrong size, or no such shape.
 RAILHOP_SHIM_API int railhop_shim_launch(RailhopShim* shim, uint32_t rank, uint32_t stream, const char* kernel,
                                          uint32_t grid, uint32_t block, uint32_t smem_bytes, const void* params,
@@ -52,7 +58,13 @@ RAILHOP_SHIM_API int railhop_shim_launch(RailhopShim* shim, uint32_t rank, uint3
 RAILHOP_SHIM_API void railhop_shim_wait(RailhopShim* shim, uint32_t rank, uint32_t stream, uint32_t other_rank,
                                         uint32_t other_stream, uint64_t count);
 
-// Entries of a stream, kernels and waits, that have ended so far: all that they wrote is visible to the caller.
+// A part of some work for the thread that runs the shim: not 0 when that was the last one. It must not call the shim.
+typedef int (*ShimStep)(void* ctx);
+
+// Queues work on a stream of a live shim: `step` is called once a sweep or less, from its turn on until it has ended.
+RAILHOP_SHIM_API void railhop_shim_call(RailhopShim* shim, uint32_t rank, uint32_t stream, ShimStep step, void* ctx);
+
+// Entries of a stream, of whatever kind, that have ended so far: all that they wrote is visible to the caller.
 RAILHOP_SHIM_API uint64_t railhop_shim_ended(RailhopShim* shim, uint32_t rank, uint32_t stream);
 
 // Attaches the proxy of a rank to its command FIFO of `capacity` (a power of two) entries of two halves each.

@@ -160,7 +160,7 @@ struct NamedBarrier {
     SyncToken order[2];  // by parity of the generation: late leavers must not see the next one's arrivals
 };
 
-/// What a stream holds: a kernel, or (without blocks) a wait for another stream.
+/// What a stream holds: a kernel, or (without blocks) a wait for another stream, or other work.
 struct Launch {
     const Kernel* kernel;
     u32 rank;
@@ -173,6 +173,8 @@ struct Launch {
     u32 ended = 0;
     StreamId awaited;         // the stream waited for,
     u64 awaited_entries = 0;  // until so many of its entries have ended
+    ShimStep step = nullptr;  // of other work
+    void* context = nullptr;
     SyncToken begun;          // from the host to the lanes
     SyncToken* stream_order;  // from the blocks of a launch to those of the next one on its stream
 };
@@ -245,6 +247,7 @@ struct Shim {
     void enqueue(StreamId stream, std::unique_ptr<Launch> launch);
     bool start_blocks();
     void pop_ended(StreamId id, Stream& stream);
+    bool step_once(Launch& launch);
     void start_block(Launch& launch, u32 index);
     bool finish_blocks();
     void finish_block(Block& block);

@@ -60,12 +60,13 @@ impl Sharing {
 pub(super) struct Physical(pub(super) CUmemGenericAllocationHandle);
 
 impl Physical {
-    fn create(bytes: usize, properties: &CUmemAllocationProp) -> Result<Self, DeviceError> {
+    /// None where there is not so much.
+    fn create(bytes: usize, properties: &CUmemAllocationProp) -> Result<Option<Self>, DeviceError> {
         let mut handle = 0;
         // SAFETY: the call writes a handle; the properties are whole.
         match unsafe { sys::cuMemCreate(&mut handle, bytes, properties, 0) } {
-            CUresult::CUDA_ERROR_OUT_OF_MEMORY => Err(DeviceError::OutOfMemory { bytes, place: "device" }),
-            result => check("cuMemCreate", result).map(|()| Self(handle)),
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY => Ok(None),
+            result => check("cuMemCreate", result).map(|()| Some(Self(handle))),
         }
     }
 
@@ -194,9 +195,10 @@ pub(super) fn allocate(
     let rdma = sharing.is_some_and(|sharing| sharing.rdma);
     let create = |handles| -> Result<_, DeviceError> {
         let properties = properties(device, handles, rdma);
-        let whole = round_up(bytes, granularity(&properties)?);
-        let whole = whole.ok_or(DeviceError::OutOfMemory { bytes, place: "device" })?;
-        Ok((Physical::create(whole, &properties)?, whole, handles))
+        let out_of_memory = || DeviceError::OutOfMemory { bytes, place: "device" };
+        let whole = round_up(bytes, granularity(&properties)?).ok_or_else(out_of_memory)?;
+        let physical = Physical::create(whole, &properties)?.ok_or_else(out_of_memory)?;
+        Ok((physical, whole, handles))
     };
     let mut created = create(wishes[0]);
     for &handles in &wishes[1..] {
