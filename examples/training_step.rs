@@ -1,5 +1,5 @@
 //! A training step of one MoE layer, forward and backward, with two micro-batches overlapped, on two nodes of
-//! two ranks in one process.
+//! two ranks in one process: on CUDA devices where there are any, else on the host.
 //!
 //! The layer is `y_t = Σ_k w_tk · W_e(t,k) · x_t`, with a small matrix for each expert and the loss `Σ c · y`.
 //! While a rank's thread runs the experts of one micro-batch, the engine moves the rows of the other:
@@ -21,21 +21,79 @@
 //! weights and in its experts, so that a difference of two losses *is* the derivative; and the values are small
 //! multiples of ½, so that no sum is ever rounded, in whatever order. Hence all comparisons are exact.
 
+use std::process::ExitCode;
+
 use half::bf16;
-use railhop::{Combine, Communicator, Config, Handle, LocalWorld, RecvBuffer, Routing, RowFormat, RowShape};
+use railhop::config::Staging;
+use railhop::error::DeviceError;
+use railhop::{
+    Combine, Communicator, Config, Cuda, EngineKind, Error, Handle, LocalWorld, RecvBuffer, Routing,
+    RowFormat, RowShape,
+};
 
 const TOKENS: usize = 32;
 const HIDDEN: usize = 64;
 const TOPK: usize = 4;
 const EXPERTS: usize = 8;
 const RANKS: usize = 4;
+/// Bytes of a rank's pool: buffers here are small, and memory of devices is not taken by the page as it is used.
+const POOL: usize = 4 << 20;
 const SHAPE: RowShape = RowShape { hidden: HIDDEN, topk: TOPK, format: RowFormat::Bf16 };
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Kernels on the devices that are here, or threads of the host: the rest of the program is the same. Says which.
+fn engine() -> EngineKind {
+    match railhop::device::cuda::devices() {
+        Ok(names) if !names.is_empty() => {
+            let devices: Vec<_> = (0..names.len().min(RANKS)).collect();
+            println!("CUDA engine: {RANKS} ranks on {}", names[..devices.len()].join(", "));
+            // Few and small blocks: ranks may share a device, and have little to do.
+            let (dispatch, combine) =
+                (Staging { stage_bytes: 512, stages: 4 }, Staging { stage_bytes: 1024, stages: 4 });
+            EngineKind::Cuda(Cuda {
+                devices,
+                blocks: 2,
+                warps: 4,
+                plan_warps: 4,
+                dispatch,
+                combine,
+                ..Cuda::default()
+            })
+        }
+        none => {
+            let why = none.err().unwrap_or(DeviceError::NoDevice { device: 0, count: 0 });
+            println!("host engine ({why})");
+            EngineKind::Host
+        }
+    }
+}
+
+/// What to do about an error, if it is known.
+fn advise(error: Error) -> String {
+    let queues = "CUDA_DEVICE_MAX_CONNECTIONS";
+    match &error {
+        Error::Device(DeviceError::Unsupported { what, .. }) if what.contains(queues) => {
+            format!("{error}\nranks share a device here: set {queues}=32 and run it again")
+        }
+        _ => error.to_string(),
+    }
+}
+
+fn run() -> Result<(), Box<dyn std::error::Error>> {
     let config = Config::builder(railhop::Topology::new(2, RANKS / 2)?).experts(EXPERTS).max_hidden(HIDDEN);
-    let config = config.max_topk(TOPK).build()?;
+    let config = config.max_topk(TOPK).max_tokens(TOKENS).pool_bytes(POOL).build()?.on(engine());
     let placement = config.placement().clone();
-    let ranks: Vec<Step> = LocalWorld::new(config)?.run(step).into_iter().collect::<Result<_, _>>()?;
+    let world = LocalWorld::new(config).map_err(advise)?;
+    let ranks: Vec<Step> = world.run(step).into_iter().collect::<Result<_, _>>()?;
 
     let experts: Vec<_> = (0..EXPERTS).map(matrix).collect();
     let batches: Vec<_> = (0..2 * RANKS).map(|i| Batch::new(i / 2, i % 2)).collect();

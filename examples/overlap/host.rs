@@ -1,23 +1,20 @@
-//! Computing while a dispatch and a combine are under way, on two nodes of two ranks in one process.
-//!
-//! `start_dispatch` and `start_combine` return a `Pending`: the engine moves rows, and the rank's own thread
-//! multiplies a matrix meanwhile (a shared expert, say, that needs no rows from elsewhere). The same layer runs
-//! in both ways, one step after the other and overlapped; the timelines of rank 0 are printed, and on every
-//! rank the results must be equal bit for bit.
+//! On the host: `start_dispatch` and `start_combine` return a `Pending`, the engine moves rows, and the rank's own
+//! thread multiplies a matrix meanwhile (a shared expert, say, that needs no rows from elsewhere). On every rank the
+//! results of both ways must be equal bit for bit.
 //!
 //! The rails of an in-process world are copies by the very cores that compute, and cores that are busy anyway
 //! have nothing to gain. So here each rail takes the time that a network would: [`SlowRails`].
 
-#![allow(unsafe_code)] // `with_fabric` has a contract.
-
-use std::error::Error;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use half::bf16;
+use railhop::error::DeviceError;
 use railhop::fabric::Fabric;
 use railhop::{Combine, Communicator, Config, LocalWorld, Routing, RowFormat, RowShape, Topology};
+
+use super::{Failure, Row, compare};
 
 const RANKS: usize = 4;
 const TOKENS: usize = 512;
@@ -33,10 +30,10 @@ const ROUNDS: usize = 4;
 const BANDWIDTH: f64 = 100e6;
 /// How far a rail may be ahead or behind: sleeping is not exact for shorter.
 const SLACK: Duration = Duration::from_millis(4);
-/// Characters of the longest timeline.
-const BAR: f64 = 64.0;
 
-fn main() -> Result<(), Box<dyn Error>> {
+/// Runs both ways; `why` there are no devices.
+pub fn run(why: &DeviceError) -> Result<(), Failure> {
+    println!("host engine ({why})");
     let config = Config::builder(Topology::new(2, RANKS / 2)?).experts(EXPERTS).max_hidden(HIDDEN);
     let config = config.max_topk(TOPK).worker_budget(RANKS).build()?;
     println!("{RANKS} ranks, {TOKENS} tokens of {HIDDEN} elements each, rails of {} MB/s", BANDWIDTH / 1e6);
@@ -54,12 +51,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let (sequential, overlapped) = best(0).zip(best(1)).ok_or("no round was run")?;
 
-    let scale = BAR / sequential.0.max(overlapped.0);
-    for (name, (total, i)) in [("sequential", sequential), ("overlapped", overlapped)] {
-        println!("\n{name}: {total:.1} ms on all ranks; rank 0, in ms:");
-        print(&ranks[0][i], scale);
-    }
-    println!("\noverlapped / sequential: {:.2}", overlapped.0 / sequential.0);
+    let rows = [sequential, overlapped].map(|(_, i)| rows(&ranks[0][i]));
+    compare([(sequential.0, &rows[0]), (overlapped.0, &rows[1])]);
     println!("results of both ways, on every rank and in every round: equal bit for bit");
     Ok(())
 }
@@ -207,14 +200,12 @@ fn milliseconds(start: Instant, end: Instant) -> f64 {
     1e3 * (end - start).as_secs_f64()
 }
 
-/// A row for each span, with a bar of `scale` characters per millisecond, by start.
-fn print(spans: &[Span], scale: f64) {
-    let mut spans: Vec<_> = spans.iter().collect();
-    spans.sort_by_key(|span| span.start);
-    for span in &spans {
-        let [start, end] = [span.start, span.end].map(|at| milliseconds(spans[0].start, at));
-        let (before, bar) = ((start * scale).round(), ((end - start) * scale).round().max(1.0));
-        let (before, bar) = (" ".repeat(before as usize), "#".repeat(bar as usize));
-        println!("  {:<8} {start:6.1} .. {end:6.1}  |{before}{bar}", span.name);
-    }
+/// A row for each span, by start.
+fn rows(spans: &[Span]) -> Vec<Row> {
+    let Some(first) = spans.iter().map(|span| span.start).min() else { return Vec::new() };
+    let since = |at| milliseconds(first, at);
+    let row = |span: &Span| Row { name: span.name, start: since(span.start), end: since(span.end) };
+    let mut rows: Vec<_> = spans.iter().map(row).collect();
+    rows.sort_by(|a, b| a.start.total_cmp(&b.start));
+    rows
 }
