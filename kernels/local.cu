@@ -1,5 +1,6 @@
 // Entry points of the kernels that work on one rank's rows alone.
 #include "collapse.cuh"
+#include "copy.cuh"
 #include "dequantise.cuh"
 #include "expand.cuh"
 #include "order.cuh"
@@ -12,3 +13,5 @@ KERNEL(expand, ExpandParams) { railhop::expand_rows(p); }
 KERNEL(collapse, CollapseParams) { railhop::collapse_rows(p); }
 
 KERNEL(dequantise, DequantiseParams) { railhop::dequantise_rows(p); }
+
+KERNEL(copy, CopyParams) { railhop::copy_bytes(p); }

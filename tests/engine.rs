@@ -3,71 +3,28 @@
 #![allow(unsafe_code, reason = "memory and streams of the caller's have contracts")]
 
 mod common;
+#[path = "common/device.rs"]
+mod device;
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytemuck::Pod;
-use common::{BF16, Case, LIMIT, Ranks, config, contents, within};
-use half::bf16;
+use common::{BF16, Case, LIMIT, Ranks, config, contents, data, within};
+use device::{OnDevice, TOKENS, dispatch, fill, full, layers, outcome, seen};
 use railhop::config::{Rails, Staging};
-use railhop::device::{Driver, Limits, Memory, Place, Stream};
+use railhop::device::Limits;
 use railhop::error::{DeviceError, Reason};
 use railhop::reference::oracle::RankTokens;
-use railhop::reference::trace::Trace;
-use railhop::{
-    Combine, Combined, Config, Cuda, DeviceRouting, DeviceSlice, Dispatched, EngineKind, Error, Handle,
-    LocalWorld, Recorded, RecvBuffer, RowFormat, RowShape, ScaleFormat, StreamRef,
-};
-
-/// All that a rank gets of a step: every received byte, and every sum.
-fn seen(buffer: &RecvBuffer, handle: &Handle, x: &[bf16], weights: &[f32]) -> String {
-    let counts = (handle.num_recv_tokens_per_expert(1), handle.num_hop1_tokens());
-    let weights: Vec<u32> = weights.iter().map(|weight| weight.to_bits()).collect();
-    format!("{:?}", (contents(buffer), counts, common::bits(x), weights))
-}
-
-/// What an engine makes of a case, by step and rank.
-fn outcome(mut ranks: Ranks, cases: &[Case]) -> Vec<Vec<String>> {
-    let step = |case: &Case| {
-        let handles = ranks.plan(case);
-        let received = ranks.dispatch(&handles, case.shape, |rank| case.x(rank));
-        let outputs = ranks.experts(case, &received).into_iter().zip(&received).map(|(mut y, received)| {
-            y.topk_weights_mut().copy_from_slice(received.buffer.topk_weights());
-            Combine::new(y).with_topk_weights()
-        });
-        let combined: Vec<Combined<RecvBuffer>> = ranks.combine(&handles, outputs.collect::<Vec<_>>());
-        let rank = |(received, combined): (&Dispatched<_>, &Combined<_>)| {
-            seen(&received.buffer, &received.handle, &combined.x, &combined.topk_weights)
-        };
-        received.iter().zip(&combined).map(rank).collect::<Vec<_>>()
-    };
-    cases.iter().map(step).collect()
-}
+use railhop::{Combine, Config, Cuda, Dispatched, EngineKind, Error, LocalWorld};
 
 #[test]
 fn traces_are_the_host_engines() {
-    let trace = Trace::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/small.safetensors")).unwrap();
-    for (nodes, ranks) in [(1, 8), (2, 4), (4, 2)] {
-        for format in [RowFormat::Bf16, RowFormat::Fp8(ScaleFormat::F32), RowFormat::Fp8(ScaleFormat::Ue8m0)]
-        {
-            let config = config(nodes, ranks).experts(trace.num_experts).max_hidden(trace.hidden).channels(2);
-            let config = config.build().unwrap();
-            let case = |step| {
-                let owned = |rank: RankTokens<'_>| RankTokens {
-                    topk_idx: rank.topk_idx.into_owned().into(),
-                    topk_weights: rank.topk_weights.into_owned().into(),
-                    x: rank.x.into_owned().into(),
-                };
-                let shape = RowShape { hidden: trace.hidden, topk: trace.topk, format };
-                let ranks = trace.step(step, config.topology().world_size(), 64).into_iter().map(owned);
-                Case { config: config.clone(), shape, ranks: ranks.collect() }
-            };
-            let cases = [case(0), case(1)];
-            let kernels = outcome(Ranks::on_shim(&config), &cases);
-            assert!(kernels == outcome(Ranks::new(&config), &cases), "{nodes}x{ranks} {format:?}");
-        }
-    }
+    device::check_trace(&data("small.safetensors"), 64, Ranks::on_shim);
+}
+
+/// A world on the shim.
+fn on_shim(config: &Config) -> OnDevice {
+    let topology = config.topology();
+    OnDevice::new(config, common::shim::drivers(topology.world_size(), topology.ranks_per_node(), 2))
 }
 
 #[test]
@@ -80,83 +37,13 @@ fn a_round_trip_works() {
 
 // ---- rows in device memory
 
-/// A world on the shim, and memory of the caller's on its device.
-struct OnDevice {
-    ranks: Ranks,
-    drivers: Vec<Arc<dyn Driver>>,
-    streams: Vec<Stream>,
-}
-
-impl OnDevice {
-    fn new(config: &Config) -> Self {
-        let topology = config.topology();
-        let drivers = common::shim::drivers(topology.world_size(), topology.ranks_per_node(), 2);
-        let kernels = config.clone().on(EngineKind::Cuda(common::small_kernels()));
-        let comms = LocalWorld::on_drivers(kernels, drivers.clone()).unwrap().into_communicators();
-        let streams = drivers.iter().map(|driver| Stream::new(driver).unwrap()).collect();
-        Self { ranks: Ranks { comms }, drivers, streams }
-    }
-
-    /// Memory for `len` elements.
-    fn room<T>(&self, rank: usize, len: usize) -> DeviceSlice<T> {
-        let bytes = (len * size_of::<T>()).max(1);
-        let memory = Memory::new(&self.drivers[rank], Place::Device, bytes).unwrap();
-        // SAFETY: the slice owns the memory, and the tests wait before they look.
-        unsafe { DeviceSlice::from_raw(memory.address(), len, memory) }
-    }
-
-    fn write<T: Pod>(&self, rank: usize, to: &DeviceSlice<T>, values: &[T]) {
-        assert!(values.len() <= to.len());
-        // SAFETY: as long as that, and in no operation.
-        unsafe {
-            let from = values.as_ptr() as u64;
-            self.streams[rank].copy_now(to.address(), from, size_of_val(values)).unwrap();
-        }
-    }
-
-    fn of<T: Pod>(&self, rank: usize, values: &[T]) -> DeviceSlice<T> {
-        let slice = self.room(rank, values.len());
-        self.write(rank, &slice, values);
-        slice
-    }
-
-    fn read<T: Pod>(&self, rank: usize, from: &DeviceSlice<T>) -> Vec<T> {
-        let mut values = vec![T::zeroed(); from.len()];
-        // SAFETY: as long as that, and in no operation.
-        unsafe {
-            let to = values.as_mut_ptr() as u64;
-            self.streams[rank].copy_now(to, from.address(), size_of_val(&values[..])).unwrap();
-        }
-        values
-    }
-
-    /// The stream of a rank, for what the caller enqueues.
-    fn stream(&self, rank: usize) -> StreamRef {
-        // SAFETY: it lives as long as the world.
-        unsafe { StreamRef::from_raw(self.streams[rank].raw().0) }
-    }
-
-    fn synchronize(&self) {
-        for (driver, stream) in self.drivers.iter().zip(&self.streams) {
-            // SAFETY: it is alive.
-            unsafe { driver.synchronize(stream.raw()).unwrap() };
-        }
-    }
-
-    fn routing(&self, case: &Case, rank: usize) -> DeviceRouting {
-        let tokens = &case.ranks[rank];
-        let (topk_idx, topk_weights) = (self.of(rank, &tokens.topk_idx), self.of(rank, &tokens.topk_weights));
-        DeviceRouting { topk: case.shape.topk, topk_idx, topk_weights }
-    }
-}
-
 #[test]
 fn rows_in_device_memory_are_used_where_they_are() {
     within(LIMIT, || {
         let config = config(2, 2).build().unwrap();
         let case = Case::random(&config, BF16, 20, 5);
-        let expected = outcome(Ranks::new(&config), std::slice::from_ref(&case));
-        let mut world = OnDevice::new(&config);
+        let expected = outcome(Ranks::on_host(&config), std::slice::from_ref(&case));
+        let mut world = on_shim(&config);
         let mut results = Vec::new();
         for rank in 0..4 {
             let (routing, x) = (world.routing(&case, rank), world.of(rank, &case.ranks[rank].x));
@@ -197,7 +84,7 @@ fn a_host_engine_refuses_rows_in_device_memory() {
     within(LIMIT, || {
         let config = config(2, 2).build().unwrap();
         let case = Case::regular(&config, BF16, 6);
-        let (device, mut ranks) = (OnDevice::new(&config), Ranks::new(&config));
+        let (device, mut ranks) = (on_shim(&config), Ranks::on_host(&config));
         let handles = ranks.plan(&case);
         let x = device.of(2, &case.ranks[2].x);
         let mut buffers = ranks.buffers(&handles, case.shape).into_iter();
@@ -222,66 +109,17 @@ fn a_host_engine_refuses_rows_in_device_memory() {
 
 // ---- recorded operations
 
-/// A recorded layer of one rank: the experts are the identity.
-struct Layer {
-    dispatch: Recorded<(DeviceRouting, DeviceSlice<bf16>, RecvBuffer)>,
-    combine: Recorded<Combine<RecvBuffer>>,
-    routing: DeviceRouting,
-    x: DeviceSlice<bf16>,
-    out: DeviceSlice<bf16>,
-}
-
-const TOKENS: usize = 12;
-
-fn layers(world: &mut OnDevice, shape: RowShape, capacity: usize) -> Vec<Layer> {
-    let ranks = world.drivers.len();
-    let mut layer = |rank: usize| {
-        let routing = DeviceRouting {
-            topk: shape.topk,
-            topk_idx: world.room(rank, TOKENS * shape.topk),
-            topk_weights: world.room(rank, TOKENS * shape.topk),
-        };
-        let (x, out) = (world.room(rank, TOKENS * shape.hidden), world.room(rank, TOKENS * shape.hidden));
-        let comm = &mut world.ranks.comms[rank];
-        let buffer = comm.recv_buffer(capacity, shape).unwrap();
-        let dispatch = comm.record_plan_dispatch(routing.clone(), x.clone(), buffer).unwrap();
-        let outputs = comm.recv_buffer(capacity, shape).unwrap();
-        let combine = Combine::new(outputs).device_out(out.clone());
-        let combine = comm.record_combine(dispatch.handle(), combine).unwrap();
-        Layer { dispatch, combine, routing, x, out }
-    };
-    (0..ranks).map(&mut layer).collect()
-}
-
-fn fill(world: &OnDevice, layers: &[Layer], case: &Case) {
-    for (rank, layer) in layers.iter().enumerate() {
-        let tokens = &case.ranks[rank];
-        world.write(rank, &layer.routing.topk_idx, &tokens.topk_idx);
-        world.write(rank, &layer.routing.topk_weights, &tokens.topk_weights);
-        world.write(rank, &layer.x, &tokens.x);
-    }
-}
-
-fn dispatch(world: &OnDevice, layers: &[Layer]) -> Vec<Result<usize, Error>> {
-    for (rank, layer) in layers.iter().enumerate() {
-        // SAFETY: waited for below; every rank does the same.
-        unsafe { layer.dispatch.enqueue(world.stream(rank)).unwrap() };
-    }
-    world.synchronize();
-    layers.iter().map(|layer| layer.dispatch.outcome().unwrap()).collect()
-}
-
 #[test]
 fn recorded_operations_follow_what_lies_in_memory() {
     within(LIMIT, || {
         let config = config(2, 2).first_index((1 << 48) - 3).build().unwrap();
-        let mut world = OnDevice::new(&config);
+        let mut world = on_shim(&config);
         let mut layers = layers(&mut world, BF16, 4 * TOKENS);
         for seed in 0..6 {
             let case = Case { ranks: full(&config, seed), ..Case::regular(&config, BF16, TOKENS) };
             fill(&world, &layers, &case);
             let rows = dispatch(&world, &layers);
-            let mut host = Ranks::new(&config);
+            let mut host = Ranks::on_host(&config);
             let handles = host.plan(&case);
             let received = host.dispatch(&handles, BF16, |rank| case.x(rank));
             for (rank, layer) in layers.iter_mut().enumerate() {
@@ -312,22 +150,11 @@ fn recorded_operations_follow_what_lies_in_memory() {
     });
 }
 
-/// Exactly [`TOKENS`] tokens for each rank.
-fn full(config: &Config, seed: u64) -> Vec<RankTokens<'static>> {
-    let longest = |case: &Case, rank: usize| case.ranks[rank].topk_weights.len() / BF16.topk;
-    let rank = |rank: usize| {
-        let cases = (0..).map(|i| Case::random(config, BF16, TOKENS, 1000 * seed + i));
-        let mut full = cases.filter(|case| longest(case, rank) == TOKENS);
-        full.next().expect("one in thirteen is full").ranks.swap_remove(rank)
-    };
-    (0..config.topology().world_size()).map(rank).collect()
-}
-
 #[test]
 fn a_recorded_dispatch_says_when_its_buffer_is_too_small() {
     within(LIMIT, || {
         let config = config(2, 2).build().unwrap();
-        let mut world = OnDevice::new(&config);
+        let mut world = on_shim(&config);
         // Token t names the experts t to t + 3 of 8: ranks get 28 of the 48 tokens.
         let layers = layers(&mut world, BF16, 20);
         fill(&world, &layers, &Case::regular(&config, BF16, TOKENS));
@@ -351,7 +178,7 @@ fn a_recorded_dispatch_says_when_its_buffer_is_too_small() {
 fn a_recorded_operation_that_a_rank_misses_is_a_fault_until_the_reset() {
     within(LIMIT, || {
         let config = config(2, 2).deadline(Duration::from_millis(300)).build().unwrap();
-        let mut world = OnDevice::new(&config);
+        let mut world = on_shim(&config);
         let layers = layers(&mut world, BF16, 4 * TOKENS);
         let case = Case::regular(&config, BF16, TOKENS);
         fill(&world, &layers, &case);
@@ -380,14 +207,14 @@ fn a_recorded_operation_that_a_rank_misses_is_a_fault_until_the_reset() {
 fn what_lies_on_the_host_is_not_recorded() {
     let config = config(1, 2).build().unwrap();
     let case = Case::regular(&config, BF16, TOKENS);
-    let mut world = OnDevice::new(&config);
+    let mut world = on_shim(&config);
     let routing = world.routing(&case, 0);
     let comm = &mut world.ranks.comms[0];
     let wrong = Error::Refused { rank: 0, reason: Reason::WrongMemory };
     let buffer = comm.recv_buffer(24, BF16).unwrap();
     let recorded = comm.record_plan_dispatch(routing.clone(), case.x(0), buffer);
     assert_eq!(recorded.err(), Some(wrong.clone()));
-    let mut host = Ranks::new(&config);
+    let mut host = Ranks::on_host(&config);
     let (comm, x) = (&mut host.comms[0], world.of(0, &case.ranks[0].x));
     let buffer = comm.recv_buffer(24, BF16).unwrap();
     assert_eq!(comm.record_plan_dispatch(routing, x, buffer).err(), Some(wrong));
@@ -466,7 +293,7 @@ fn rails_go_by_way_of_the_host_where_they_must() {
         let drivers = common::shim::drivers(6, 2, 5);
         let world = LocalWorld::on_drivers(config.clone().on(EngineKind::Cuda(kernels)), drivers).unwrap();
         let staged = outcome(Ranks { comms: world.into_communicators() }, std::slice::from_ref(&case));
-        assert!(staged == outcome(Ranks::new(&config), std::slice::from_ref(&case)));
+        assert!(staged == outcome(Ranks::on_host(&config), std::slice::from_ref(&case)));
     });
 }
 

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Case, LIMIT, Random, contents, device_room, local_world, within};
+use common::{Case, LIMIT, Random, contents, device_room, has_queues, local_world, within};
 use proptest::prelude::*;
 use railhop::{Combine, Communicator, Config, ExpertPlacement, RowFormat, RowShape, ScaleFormat, Topology};
 
@@ -89,6 +89,7 @@ fn world() -> impl Strategy<Value = World> {
         1 => Just((1, 9)),
         1 => Just((6, 2)),
     ];
+    let topology = topology.prop_filter("enough queues", |(nodes, ranks)| has_queues(nodes * ranks));
     let rings = (1..=3usize, 1..=5usize, 0..=2u32, 1..=3usize);
     let format = prop::sample::select(&FORMATS[..]);
     let topk = prop_oneof![3 => 1..=8usize, 1 => 9..=32usize];

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::local_world;
+use common::{data, has_queues, local_world};
 use half::bf16;
 use railhop::reference::oracle::Oracle;
 use railhop::reference::trace::Trace;
@@ -10,8 +10,11 @@ use railhop::reference::{experts, verify::verify};
 use railhop::{Combine, Config, Routing, RowFormat, RowShape, ScaleFormat, Topology};
 
 fn replay(nodes: usize, ranks_per_node: usize, tokens: usize, format: RowFormat) {
-    let trace = Trace::read(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/small.safetensors")).unwrap();
+    let trace = Trace::read(data("small.safetensors")).unwrap();
     let topology = Topology::new(nodes, ranks_per_node).unwrap();
+    if !has_queues(topology.world_size()) {
+        return println!("{nodes}x{ranks_per_node} has more ranks than there are queues for");
+    }
     let config =
         Config::builder(topology).experts(trace.num_experts).max_hidden(trace.hidden).build().unwrap();
     let world = topology.world_size();

@@ -987,4 +987,18 @@ static_assert(OFFSET_OF(DequantiseParams, scale_bytes) == 44, "DequantiseParams"
 static_assert(OFFSET_OF(DequantiseParams, out_bytes) == 48, "DequantiseParams");
 static_assert(OFFSET_OF(DequantiseParams, reserved) == 52, "DequantiseParams");
 
+/// Copies bytes.
+struct CopyParams {
+    /// Where they are, a multiple of 16.
+    u64 from;
+    /// Where they go, a multiple of 16; the two do not overlap.
+    u64 to;
+    /// How many, a multiple of 16.
+    u64 bytes;
+};
+static_assert(sizeof(CopyParams) == 24, "CopyParams");
+static_assert(OFFSET_OF(CopyParams, from) == 0, "CopyParams");
+static_assert(OFFSET_OF(CopyParams, to) == 8, "CopyParams");
+static_assert(OFFSET_OF(CopyParams, bytes) == 16, "CopyParams");
+
 }  // namespace railhop

@@ -57,11 +57,13 @@ pub enum Kernel {
     Collapse,
     /// Widens E4M3 rows.
     Dequantise,
+    /// Copies bytes: what the others are compared with.
+    Copy,
 }
 
 impl Kernel {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Plan,
         Self::Dispatch,
         Self::Combine,
@@ -69,6 +71,7 @@ impl Kernel {
         Self::Expand,
         Self::Collapse,
         Self::Dequantise,
+        Self::Copy,
     ];
 
     /// The name of its entry point.
@@ -81,6 +84,7 @@ impl Kernel {
             Self::Expand => "expand",
             Self::Collapse => "collapse",
             Self::Dequantise => "dequantise",
+            Self::Copy => "copy",
         }
     }
 }

@@ -544,6 +544,7 @@ pub fn header() -> String {
         local::ExpandParams::declaration(),
         local::CollapseParams::declaration(),
         local::DequantiseParams::declaration(),
+        local::CopyParams::declaration(),
     ];
     for part in parts {
         text += "\n";

@@ -179,3 +179,15 @@ device_struct! {
         pub reserved: u32,
     }
 }
+
+device_struct! {
+    /// Copies bytes.
+    CopyParams {
+        /// Where they are, a multiple of 16.
+        pub from: u64,
+        /// Where they go, a multiple of 16; the two do not overlap.
+        pub to: u64,
+        /// How many, a multiple of 16.
+        pub bytes: u64,
+    }
+}

@@ -7,6 +7,7 @@
 pub mod shim;
 
 use std::panic::resume_unwind;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
@@ -206,9 +207,35 @@ pub fn local_world(config: &Config) -> LocalWorld {
         Err(_) | Ok("host") => LocalWorld::new(config.clone()).unwrap(),
         #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
         Ok("shim") => shim_world(config),
-        Ok("cuda") => LocalWorld::new(config.clone().on(EngineKind::Cuda(small_kernels()))).unwrap(),
+        Ok("cuda") => cuda_world(config),
         Ok(other) => panic!("RAILHOP_ENGINE = {other}: no such engine"),
     }
+}
+
+/// A world on the CUDA devices that are here, in turn.
+pub fn cuda_world(config: &Config) -> LocalWorld {
+    let devices = (0..railhop::device::cuda::devices().unwrap().len()).collect();
+    let cuda = Cuda { devices, ..small_kernels() };
+    LocalWorld::new(config.clone().on(EngineKind::Cuda(cuda))).unwrap()
+}
+
+/// Whether the devices that `RAILHOP_ENGINE` stands for have queues enough for a world of so many ranks: four for each.
+pub fn has_queues(ranks: usize) -> bool {
+    if std::env::var("RAILHOP_ENGINE").as_deref() != Ok("cuda") {
+        return true;
+    }
+    let connections = std::env::var("CUDA_DEVICE_MAX_CONNECTIONS").ok();
+    let connections = connections.and_then(|text| text.parse().ok()).unwrap_or(8);
+    4 * ranks.div_ceil(railhop::device::cuda::devices().unwrap().len().max(1)) <= connections
+}
+
+/// A file of `tests/data`: in the folder `RAILHOP_DATA`, else where the sources were, else below the working directory.
+pub fn data(name: &str) -> PathBuf {
+    if let Some(folder) = std::env::var_os("RAILHOP_DATA") {
+        return Path::new(&folder).join(name);
+    }
+    let sources = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data")).join(name);
+    if sources.exists() { sources } else { Path::new("tests/data").join(name) }
 }
 
 /// What a rank's pool needs on a device beside buffers: plans, and rows on their way from and to the host.
@@ -239,6 +266,11 @@ pub struct Ranks {
 impl Ranks {
     pub fn new(config: &Config) -> Self {
         Self { comms: local_world(config).into_communicators() }
+    }
+
+    /// On the host engine, whatever the environment says.
+    pub fn on_host(config: &Config) -> Self {
+        Self { comms: LocalWorld::new(config.clone().on(EngineKind::Host)).unwrap().into_communicators() }
     }
 
     /// On the CPU shim, whatever the environment says.

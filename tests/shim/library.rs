@@ -104,15 +104,30 @@ fn functions() -> &'static Functions {
     })
 }
 
-/// Builds the plain flavour with `kernels/shim/build`, unless it is newer than every source.
+/// The plain flavour.
 fn build() -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let library = root.join("target/shim/plain.so");
+    built("target/shim/plain.so", Command::new(root().join("kernels/shim/build")).arg("plain"))
+}
+
+/// The folder of a CUDA driver that stands on the shim.
+pub fn cuda_folder() -> PathBuf {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    let build =
+        || built("target/shim/cuda/libcuda.so.1", &mut Command::new(root().join("kernels/shim/cuda/build")));
+    FOLDER.get_or_init(|| build().parent().expect("a folder").to_path_buf()).clone()
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// A library, built by `command` unless it is newer than every source.
+fn built(library: &str, command: &mut Command) -> PathBuf {
+    let library = root().join(library);
     let changed =
         |path: &Path| path.metadata().and_then(|meta| meta.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
-    if !library.exists() || changed(&library) < newest(&root.join("kernels"), &changed) {
-        let status = Command::new(root.join("kernels/shim/build")).arg("plain").status();
-        assert!(status.expect("kernels/shim/build runs").success(), "the shim builds");
+    if !library.exists() || changed(&library) < newest(&root().join("kernels"), &changed) {
+        assert!(command.status().expect("the build runs").success(), "{} builds", library.display());
     }
     library
 }
@@ -152,7 +167,7 @@ impl Shim {
     }
 
     /// Queues a kernel; whether there is such a kernel, with such parameters and launched so.
-    fn try_launch(&self, rank: usize, stream: usize, kernel: &str, grid: Grid, params: &[u8]) -> bool {
+    pub fn try_launch(&self, rank: usize, stream: usize, kernel: &str, grid: Grid, params: &[u8]) -> bool {
         let name = CString::new(kernel).unwrap();
         let Grid { blocks, warps, shared } = grid;
         let (params, bytes) = (params.as_ptr().cast(), params.len() as u64);
