@@ -14,7 +14,11 @@ use railhop::config::{Rails, Staging};
 use railhop::device::Limits;
 use railhop::error::{DeviceError, Reason};
 use railhop::reference::oracle::RankTokens;
-use railhop::{Combine, Config, Cuda, Dispatched, EngineKind, Error, LocalWorld};
+use railhop::wire::device::WarpMap;
+use railhop::wire::region::Lane;
+use railhop::{
+    Combine, Config, Cuda, Dispatched, EngineKind, Error, LocalWorld, RowFormat, RowShape, ScaleFormat,
+};
 
 #[test]
 fn traces_are_the_host_engines() {
@@ -339,5 +343,34 @@ fn a_world_that_goes_ends_what_is_under_way() {
         drop(pending);
         drop(ranks);
         assert!(started.elapsed() < LIMIT / 2);
+    });
+}
+
+#[test]
+fn rows_that_do_not_fit_shared_memory_are_refused_before_anything_is_enqueued() {
+    within(LIMIT, || {
+        let config = config(1, 2).max_hidden(4096).build().unwrap();
+        let shape = RowShape { hidden: 4096, topk: 2, format: RowFormat::Fp8(ScaleFormat::F32) };
+        let dispatch = Staging { stage_bytes: 1024, stages: 8 };
+        let kernels = Cuda { dispatch, ..common::small_kernels() };
+        let plain = RowShape { format: RowFormat::Bf16, ..shape };
+        let bytes = |shape| WarpMap::new(&config, Lane::Dispatch, dispatch, shape).bytes as usize;
+        assert!(bytes(&plain) < bytes(&shape), "scales take some");
+        // As much as rows without scales need.
+        let limits = Limits { shared: kernels.warps * bytes(&plain), ..common::shim::limits() };
+        let drivers = common::shim::drivers_with(limits, 2, 2, 6);
+        let world = LocalWorld::on_drivers(config.clone().on(EngineKind::Cuda(kernels)), drivers).unwrap();
+        let mut ranks = Ranks { comms: world.into_communicators() };
+        let case = Case::regular(&config, plain, 3);
+        let handles = ranks.plan(&case);
+        let pending = ranks.each(|comm| {
+            let buffer = comm.recv_buffer(6, shape).unwrap();
+            comm.start_dispatch(&handles[comm.rank()], case.x(comm.rank()), buffer)
+        });
+        for pending in pending {
+            let outcome = pending.wait().map(drop).map_err(Error::from);
+            assert!(matches!(&outcome, Err(Error::Config(error)) if error.field == "warps"), "{outcome:?}");
+        }
+        ranks.round_trip(&case);
     });
 }

@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 use clap::ValueEnum;
 use half::bf16;
 use memmap2::{Advice, MmapMut};
-use railhop::budget::{Budget, Hardware, MAX_WARPS, Overrides, Workload};
+use railhop::budget::{Budget, Hardware, Overrides, Workload};
 use railhop::device::Driver;
 use railhop::device::cuda::CudaDriver;
 use railhop::wire::region::LANES;
 use railhop::wire::shape::{CombineSlot, DispatchSlot, RecvLayout};
 use railhop::{
     Communicator, Config, ConfigBuilder, Handle, LocalWorld, RecvBuffer, Routing, RowFormat, RowShape,
-    ScaleFormat, Topology,
+    Topology,
 };
 use serde_json::{Value, json};
 
@@ -121,7 +121,7 @@ impl BenchArgs {
         let open = |(_, &device): (usize, _)| Ok(CudaDriver::open(device)? as Arc<dyn Driver>);
         let drivers = ranks.map(open).collect::<Result<Vec<_>, railhop::Error>>()?;
         let workload = Workload::new(topology, shape, self.experts, self.tokens);
-        let hardware = hardware(&drivers, shape);
+        let hardware = hardware(&drivers);
         let given = Overrides { blocks: self.blocks, warps: self.warps, ..self.tuning.overrides() };
         let budget = Budget::new(&workload, &hardware, &given)?;
         let builder = budget.apply(builder).cuda(budget.cuda(devices));
@@ -129,19 +129,15 @@ impl BenchArgs {
     }
 }
 
-/// What a rank has of its device. All blocks of all ranks that share one run at the same time, those of plans too; and
-/// an engine makes room in shared memory for rows of any format, two of whose rows' scales each warp may hold.
-fn hardware(drivers: &[Arc<dyn Driver>], shape: RowShape) -> Hardware {
+/// What a rank has of its device. All blocks of all ranks that share one run at the same time, those of both lanes.
+fn hardware(drivers: &[Arc<dyn Driver>]) -> Hardware {
     let usual = Hardware::default();
     let limits = || drivers.iter().map(|driver| driver.limits());
     let sharing = |device| limits().filter(|other| other.device == device).count();
-    let sms = limits().map(|device| (device.sms / (LANES.len() * sharing(device.device))).saturating_sub(1));
-    let widest = RowShape { format: RowFormat::Fp8(ScaleFormat::F32), ..shape };
-    let scales = 2 * MAX_WARPS * (widest.scale_pitch() - shape.scale_pitch());
-    let shared = limits().map(|device| device.shared).min().unwrap_or(usual.shared_bytes);
+    let sms = limits().map(|device| device.sms / (LANES.len() * sharing(device.device)));
     Hardware {
         sms: sms.min().unwrap_or(usual.sms).max(1),
-        shared_bytes: shared.saturating_sub(scales),
+        shared_bytes: limits().map(|device| device.shared).min().unwrap_or(usual.shared_bytes),
         ..usual
     }
 }
@@ -544,29 +540,4 @@ fn median(values: Vec<f64>) -> f64 {
 fn quantile(mut values: Vec<f64>, q: f64) -> f64 {
     values.sort_by(f64::total_cmp);
     values[((values.len() - 1) as f64 * q).ceil() as usize]
-}
-
-#[cfg(test)]
-mod tests {
-    use railhop::wire::device::WarpMap;
-    use railhop::wire::region::Lane;
-
-    use super::*;
-
-    #[test]
-    fn budgets_leave_room_for_rows_of_any_format() {
-        let usual = Hardware::default();
-        for (hidden, format) in [7168, 512, 4096]
-            .into_iter()
-            .flat_map(|hidden| [RowFormat::Bf16, RowFormat::Fp8(ScaleFormat::Ue8m0)].map(|f| (hidden, f)))
-        {
-            let shape = RowShape { hidden, topk: 8, format };
-            let workload = Workload::new(Topology::new(2, 4).unwrap(), shape, 64, 512);
-            let budget = Budget::new(&workload, &hardware(&[], shape), &Overrides::default()).unwrap();
-            let config = budget.config_builder().build().unwrap();
-            let widest = RowShape { format: RowFormat::Fp8(ScaleFormat::F32), ..shape };
-            let warp = WarpMap::new(&config, Lane::Dispatch, budget.dispatch_staging, &widest);
-            assert!(budget.warps * warp.bytes as usize <= usual.shared_bytes, "{shape:?}");
-        }
-    }
 }

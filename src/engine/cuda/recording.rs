@@ -49,6 +49,7 @@ impl World {
         if let Some(fault) = self.control.fault() {
             return Err(Error::Fault(fault));
         }
+        self.check_rows(&self.ranks[rank], request.kind, &request.shape)?;
         let wrong = request.poison.or(request.is_on_host().then_some(Reason::WrongMemory));
         if let Some(reason) = wrong {
             return Err(Error::Refused { rank, reason });

@@ -104,8 +104,7 @@ impl World {
     unsafe fn enqueue(&self, rank: usize, request: Request<'_>, staged: Staged) -> Result<Arc<Run>, Error> {
         let this = &self.ranks[rank];
         let lane = Lane::of(request.kind);
-        let shape = valid(&self.config, &request.shape);
-        check_shared(Grids::new(&self.config, &self.cuda, lane, &shape).rows, this.driver.limits().shared)?;
+        self.check_rows(this, request.kind, &request.shape)?;
         let slot = this.take_slot(self.config.deadline).ok_or_else(|| DeviceError::Call {
             call: "start",
             reason: "no report has become free within the deadline".into(),
@@ -141,6 +140,13 @@ impl World {
         queue.runs.push_back(run.clone());
         tracing::debug!(rank, kind = %run.kind, number = run.number, "operation enqueued");
         Ok(run)
+    }
+
+    /// Rows of `shape` fit the warps' shared memory: seen before anything is enqueued that peers would wait for.
+    pub(super) fn check_rows(&self, rank: &Rank, kind: Kind, shape: &RowShape) -> Result<(), Error> {
+        let shape = valid(&self.config, shape);
+        let grids = Grids::new(&self.config, &self.cuda, Lane::of(kind), &shape);
+        check_shared(grids.rows, rank.driver.limits().shared).map_err(Error::from)
     }
 
     /// Makes what is enqueued next on `stream` come after the last operation of a lane.
