@@ -119,6 +119,7 @@
 //! which a collective [`Communicator::reset`] makes the communicators usable again.
 
 pub mod api;
+pub mod bootstrap;
 pub mod budget;
 pub mod config;
 pub mod device;
