@@ -1,6 +1,5 @@
 //! What a world is made of, decided once: the builder refuses what can't make progress.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
 use crate::error::ConfigError;
@@ -186,14 +185,23 @@ impl Config {
         self.deadline
     }
 
-    /// What all ranks of a world must agree on, as one number. Engine, worker budget and deadline are a
-    /// rank's own.
+    /// What all ranks of a world must agree on, as one number, the same in every build. Engine, worker budget and deadline
+    /// are a rank's own.
     pub(crate) fn agreement_hash(&self) -> u64 {
-        let mut hasher = DefaultHasher::new();
-        let most = (self.max_hidden, self.max_topk, self.max_tokens);
-        let shape = (most, self.channels, self.chunk_tokens, self.ring_slots);
-        (&self.name, &self.members, self.topology, &self.placement, shape).hash(&mut hasher);
-        hasher.finish()
+        let topology = self.topology;
+        let sizes = [topology.nodes(), topology.ranks_per_node(), self.name.len(), self.members.len()];
+        let most = [self.max_hidden, self.max_topk, self.max_tokens];
+        let rings = [self.channels, self.chunk_tokens, self.ring_slots, self.placement.num_experts()];
+        let sizes = sizes.into_iter().chain(most).chain(rings).map(|size| size as u64);
+        let owners = (0..self.placement.num_experts()).map(|expert| self.placement.rank_of(expert) as u64);
+        let numbers: Vec<u64> = sizes.chain(self.members.iter().copied()).chain(owners).collect();
+        let mut hasher = blake3::Hasher::new();
+        for number in numbers {
+            hasher.update(&number.to_le_bytes());
+        }
+        hasher.update(self.name.as_bytes());
+        let hash = hasher.finalize();
+        u64::from_le_bytes(*hash.as_bytes().first_chunk().expect("32 bytes"))
     }
 
     /// The contiguous range of a rank's `tokens` that `channel` owns.
@@ -424,6 +432,35 @@ mod tests {
         assert_eq!(refused(|b| b.members([1, 1, 2, 3])).field, "members");
         assert_eq!(refused(|b| b.placement(ExpertPlacement::contiguous(4, 2))).field, "placement");
         assert!(refused(|b| b.deadline(Duration::ZERO)).to_string().contains("deadline"));
+    }
+
+    #[test]
+    fn what_ranks_agree_on_is_one_number_in_every_build() {
+        let world = || Config::builder(Topology::new(2, 2).unwrap()).experts(8).channels(2);
+        let hash = |builder: ConfigBuilder| builder.build().unwrap().agreement_hash();
+        assert_eq!(hash(world()), 14_339_765_971_522_255_702);
+        let others = [
+            world().name("other"),
+            world().members([0, 1, 3, 2]),
+            world().experts(9),
+            world().placement(ExpertPlacement::table(&[0, 1, 2, 3, 3, 2, 1, 0], 4).unwrap()),
+            world().max_hidden(4096),
+            world().max_topk(4),
+            world().max_tokens(4096),
+            world().channels(3),
+            world().ring_slots(32),
+            world().chunk_tokens(2),
+        ];
+        let mut hashes: Vec<u64> = others.into_iter().map(hash).chain([hash(world())]).collect();
+        hashes.sort_unstable();
+        hashes.dedup();
+        assert_eq!(hashes.len(), 11, "every setting counts");
+        let own = [
+            world().deadline(Duration::from_secs(1)),
+            world().worker_budget(7),
+            world().cuda(Cuda::default()),
+        ];
+        assert!(own.into_iter().all(|builder| hash(builder) == hash(world())), "a rank's own settings don't");
     }
 
     #[test]
