@@ -71,8 +71,8 @@ impl Engine {
         let config = Arc::new(config);
         rank::check_devices(&config, &cuda, &drivers)?;
         let make = |(rank, driver)| Rank::new(&config, &map, rank, driver);
-        let mut ranks = drivers.into_iter().enumerate().map(make).collect::<Result<Vec<_>, _>>()?;
-        Rank::connect(&mut ranks)?;
+        let ranks = drivers.into_iter().enumerate().map(make).collect::<Result<Vec<_>, _>>()?;
+        Rank::connect(&ranks)?;
         let world = Arc::new(World {
             control: Arc::new(Control::new(ranks.len())),
             config,

@@ -58,7 +58,7 @@ pub struct Rank {
 #[derive(Default)]
 pub struct LaneQueue {
     pub runs: VecDeque<Arc<Run>>,
-    /// Operations started by the host so far: on every rank the same ones, in the same order.
+    /// Operations of this generation started by the host: on every rank the same ones, in the same order.
     pub started: u64,
     /// Where the last one was enqueued.
     pub stream: Option<RawStream>,
@@ -129,7 +129,7 @@ impl Rank {
     }
 
     /// Tells every rank where its node's regions are.
-    pub fn connect(ranks: &mut [Self]) -> Result<(), Error> {
+    pub fn connect(ranks: &[Self]) -> Result<(), Error> {
         for rank in ranks.iter() {
             let (topology, map) = (rank.config.topology(), TableMap::new(&rank.config));
             let node = topology.node_of(rank.rank);
@@ -158,6 +158,8 @@ impl Rank {
             }
         }
         self.mailbox.clear(0, self.mailbox_map.bytes);
+        // Ranks may have come to the reset with different numbers.
+        self.lanes.iter().for_each(|lane| lock(lane).started = 0);
         if self.config.topology().nodes() == 1 {
             return Ok(());
         }
