@@ -5,6 +5,8 @@
 #![allow(unsafe_code, reason = "drivers take addresses")]
 
 mod common;
+#[path = "common/rows.rs"]
+mod rows;
 
 use std::env;
 use std::fs;
@@ -27,8 +29,8 @@ use railhop::device::cuda::descriptor::{recv_fd, send_fd};
 use railhop::device::cuda::{self, CudaDriver, ExportedMemory, FabricMemory, ImportedMemory};
 use railhop::device::{Driver, Event, Grid, Kernel, Memory, Place, RawMemory, Stream};
 use railhop::error::{DeviceError, Error, Reason};
-use railhop::wire::local::{DequantiseParams, ExpertOrder, ExpertOrderParams};
 use railhop::{Config, EngineKind, LocalWorld, Routing};
+use rows::{GRID, HIDDEN, MisplacedOrder, Rows, holding};
 
 // ---- processes
 
@@ -88,12 +90,6 @@ fn fill<T: Pod>(driver: &Arc<dyn Driver>, address: u64, values: &[T]) {
     let stream = Stream::new(driver).unwrap();
     // SAFETY: the callers' memory has room for them; nobody else uses it.
     unsafe { stream.copy_now(address, values.as_ptr() as u64, size_of_val(values)).unwrap() }
-}
-
-fn holding<T: Pod>(driver: &Arc<dyn Driver>, place: Place, values: &[T]) -> Memory {
-    let memory = Memory::new(driver, place, size_of_val(values)).unwrap();
-    fill(driver, memory.address(), values);
-    memory
 }
 
 /// What stands at an address.
@@ -323,49 +319,6 @@ fn devices_may_be_out_of_reach() {
 
 // ---- streams
 
-const HIDDEN: usize = 128;
-/// 1.0 in E4M3.
-const ONE: u8 = 0x38;
-const GRID: Grid = Grid { blocks: 2, warps: 2, shared: 0 };
-
-/// Rows of ones, to be multiplied with a scale each.
-struct Rows {
-    rows: usize,
-    received: Memory,
-    x: Memory,
-    out: Memory,
-}
-
-impl Rows {
-    fn new(driver: &Arc<dyn Driver>, rows: usize) -> Self {
-        let received = holding(driver, Place::Device, &[rows as u64]);
-        let x = holding(driver, Place::Device, &vec![ONE; rows * HIDDEN]);
-        Self { rows, received, x, out: Memory::new(driver, Place::Shared, 4 * rows * HIDDEN).unwrap() }
-    }
-
-    /// Multiplies each row with the f32 that stands at the start of a row of `scales`.
-    fn params(&self, scales: u64, scale_pitch: usize) -> DequantiseParams {
-        DequantiseParams {
-            x: self.x.address(),
-            scales,
-            out: self.out.address(),
-            received: self.received.address(),
-            capacity: self.rows as u32,
-            hidden: HIDDEN as u32,
-            scale_pitch: scale_pitch as u32,
-            scale_bytes: 4,
-            out_bytes: 4,
-            reserved: 0,
-        }
-    }
-
-    fn launch(&self, driver: &dyn Driver, stream: &Stream, scales: u64, scale_pitch: usize) {
-        let params = self.params(scales, scale_pitch);
-        // SAFETY: what the kernel takes; the tests wait for it before they drop the memories.
-        unsafe { driver.launch(stream.raw(), Kernel::Dequantise, GRID, bytes_of(&params)).unwrap() }
-    }
-}
-
 fn until_done(event: &Event) {
     let deadline = Instant::now() + LIMIT;
     while !event.is_done().unwrap() {
@@ -381,7 +334,7 @@ fn copies_take_their_turn() {
     inside("copies_take_their_turn", &[], || {
         const ROWS: usize = 64;
         let (_, driver) = open(0);
-        let rows = Rows::new(&driver, ROWS);
+        let rows = Rows::new(&driver, Place::Shared, ROWS);
         let scales = Memory::new(&driver, Place::Device, 4 * ROWS).unwrap();
         let (stream, done) = (Stream::new(&driver).unwrap(), Event::new(&driver).unwrap());
         let turns = 8;
@@ -451,7 +404,8 @@ fn streams_wait_for_events_of_other_devices() {
         let drivers = [open(0).1, open(1).1];
         let streams = [0, 1].map(|device: usize| Stream::new(&drivers[device]).unwrap());
         let first = holding(&drivers[0], Place::Device, &[2.5_f32; ROWS]);
-        let stages: Vec<_> = (0..6).map(|stage| Rows::new(&drivers[stage % 2], ROWS)).collect();
+        let stages: Vec<_> =
+            (0..6).map(|stage| Rows::new(&drivers[stage % 2], Place::Shared, ROWS)).collect();
         let events: Vec<_> = (0..6).map(|stage| Event::new(&drivers[stage % 2]).unwrap()).collect();
         assert!(events[0].is_done().unwrap(), "done until it is recorded");
         for (stage, rows) in stages.iter().enumerate() {
@@ -489,7 +443,7 @@ fn impossible_launches_are_refused() {
         assert_eq!(prepare(16, most), Ok(132));
         assert_eq!(prepare(4, 100 << 10), Ok(2 * 132));
         assert_eq!(prepare(4, 0), Ok(4 * 132));
-        let rows = Rows::new(&driver, 4);
+        let rows = Rows::new(&driver, Place::Shared, 4);
         let scales = holding(&driver, Place::Device, &[3_f32; 4]);
         let params = rows.params(scales.address(), 4);
         let launch = |shared, params: &[u8]| {
@@ -520,35 +474,11 @@ fn failed_kernels_fail_the_device() {
     inside_complaining("failed_kernels_fail_the_device", &[], "gpu scope on shared memory", || {
         let (_, driver) = open(0);
         let stream = Stream::new(&driver).unwrap();
-        let words = Memory::new(&driver, Place::Device, 1 << 16).unwrap();
-        let no_expert = holding(&driver, Place::Device, &[77_i32]);
-        let received = holding(&driver, Place::Device, &[1_u64]);
-        // Of the host, where kernels must not count in the device's scope.
-        let order = Memory::new(&driver, Place::Host, size_of::<ExpertOrder>()).unwrap();
-        let table = |i: u64| words.address() + (i << 12);
-        let params = ExpertOrderParams {
-            topk_idx: no_expert.address(),
-            received: received.address(),
-            order: order.address(),
-            counts: table(1),
-            starts: table(2),
-            expanded: table(3),
-            sources: table(4),
-            scratch: table(5),
-            capacity: 1,
-            expanded_capacity: 16,
-            topk: 1,
-            num_experts: 4,
-            alignment: 1,
-            reserved: 0,
-        };
-        // SAFETY: what the kernel takes; the machine is gone before the memory is.
-        unsafe {
-            let grid = Grid { blocks: 1, warps: 1, shared: 0 };
-            driver.launch(stream.raw(), Kernel::ExpertOrder, grid, bytes_of(&params)).unwrap();
-            let ended = driver.synchronize(stream.raw());
-            is_refused(ended, "cuStreamSynchronize", "CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure");
-        }
+        let order = MisplacedOrder::new(&driver);
+        order.launch(&*driver, &stream);
+        // SAFETY: alive.
+        let ended = unsafe { driver.synchronize(stream.raw()) };
+        is_refused(ended, "cuStreamSynchronize", "CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure");
         is_refused(driver.new_event(), "cuEventCreate", "gpu scope on shared memory");
         assert!(driver.allocate(Place::Device, 8).is_err());
     });

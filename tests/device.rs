@@ -2,6 +2,8 @@
 #![allow(unsafe_code, reason = "drivers take addresses")]
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))] // What the shim runs on.
 
+#[path = "common/rows.rs"]
+mod rows;
 mod shim;
 
 use std::fs;
@@ -14,28 +16,14 @@ use bytemuck::{Pod, bytes_of};
 use railhop::device::{Driver, Event, Grid, Kernel, Memory, Place, Stream};
 use railhop::error::DeviceError;
 use railhop::fabric::rail::{DeviceRail, Inbox, Outbox, Rail, RailError, Reached, StagedRail};
-use railhop::wire::local::{DequantiseParams, ExpertOrder, ExpertOrderParams};
 use railhop::wire::posting::Posting;
 use railhop::wire::word::Word;
 
+use rows::{GRID, MisplacedOrder, Rows, holding};
 use shim::drivers;
-
-const HIDDEN: usize = 128;
-/// 1.0 in E4M3.
-const ONE: u8 = 0x38;
-const GRID: Grid = Grid { blocks: 2, warps: 2, shared: 0 };
 
 fn one(seed: u64) -> Arc<dyn Driver> {
     drivers(1, 1, seed).remove(0)
-}
-
-/// Memory that holds values.
-fn holding<T: Pod>(driver: &Arc<dyn Driver>, place: Place, values: &[T]) -> Memory {
-    let memory = Memory::new(driver, place, size_of_val(values)).unwrap();
-    let stream = Stream::new(driver).unwrap();
-    // SAFETY: as many bytes on both sides, which nobody else knows.
-    unsafe { stream.copy_now(memory.address(), values.as_ptr() as u64, size_of_val(values)).unwrap() };
-    memory
 }
 
 /// What memory holds that nothing writes any more.
@@ -45,42 +33,13 @@ fn contents<T: Pod>(memory: &Memory) -> Vec<T> {
     (0..memory.bytes() / size_of::<T>()).map(|i| unsafe { read_volatile(at.add(i)) }).collect()
 }
 
-/// Rows of ones, to be multiplied with a scale each.
-struct Rows {
-    rows: usize,
-    received: Memory,
-    x: Memory,
-    out: Memory,
+/// Multiplies each row with the f32 that stands at the start of a row of `scales`.
+fn launch(rows: &Rows, driver: &dyn Driver, stream: &Stream, scales: &Memory) {
+    rows.launch(driver, stream, scales.address(), scales.bytes() / rows.rows);
 }
 
-impl Rows {
-    fn new(driver: &Arc<dyn Driver>, rows: usize) -> Self {
-        let received = holding(driver, Place::Device, &[rows as u64]);
-        let x = holding(driver, Place::Device, &vec![ONE; rows * HIDDEN]);
-        Self { rows, received, x, out: Memory::new(driver, Place::Device, 4 * rows * HIDDEN).unwrap() }
-    }
-
-    /// Multiplies each row with the f32 that stands at the start of a row of `scales`.
-    fn launch(&self, driver: &dyn Driver, stream: &Stream, scales: &Memory) {
-        let params = DequantiseParams {
-            x: self.x.address(),
-            scales: scales.address(),
-            out: self.out.address(),
-            received: self.received.address(),
-            capacity: self.rows as u32,
-            hidden: HIDDEN as u32,
-            scale_pitch: (scales.bytes() / self.rows) as u32,
-            scale_bytes: 4,
-            out_bytes: 4,
-            reserved: 0,
-        };
-        // SAFETY: what the kernel takes; the test keeps the memories until it has ended, or the machine is gone.
-        unsafe { driver.launch(stream.raw(), Kernel::Dequantise, GRID, bytes_of(&params)).unwrap() }
-    }
-
-    fn assert_all(&self, value: f32) {
-        assert!(contents::<f32>(&self.out).iter().all(|&x| x == value), "all are {value}");
-    }
+fn assert_all(rows: &Rows, value: f32) {
+    assert!(contents::<f32>(&rows.out).iter().all(|&x| x == value), "all are {value}");
 }
 
 /// Makes `event` stand for what is on `stream`.
@@ -136,7 +95,7 @@ fn streams_wait_for_events_of_others() {
         let driver = one(seed);
         let streams = [(); 2].map(|()| Stream::new(&driver).unwrap());
         let first = holding(&driver, Place::Device, &[2.5f32; 512]);
-        let stages: Vec<_> = (0..6).map(|_| Rows::new(&driver, 512)).collect();
+        let stages: Vec<_> = (0..6).map(|_| Rows::new(&driver, Place::Device, 512)).collect();
         let events: Vec<_> = stages.iter().map(|_| Event::new(&driver).unwrap()).collect();
         assert!(events[0].is_done().unwrap(), "done until it is recorded");
         for (stage, rows) in stages.iter().enumerate() {
@@ -146,12 +105,12 @@ fn streams_wait_for_events_of_others() {
                 unsafe { driver.wait(stream.raw(), events[stage - 1].raw()).unwrap() };
             }
             let scales = if stage == 0 { &first } else { &stages[stage - 1].out };
-            rows.launch(&*driver, stream, scales);
+            launch(rows, &*driver, stream, scales);
             record(&*driver, &events[stage], stream);
         }
         events.iter().zip(&stages).for_each(|(event, rows)| {
             until_done(event);
-            rows.assert_all(2.5);
+            assert_all(rows, 2.5);
         });
         for stream in &streams {
             synchronize(&*driver, stream).unwrap();
@@ -169,11 +128,12 @@ fn threads_launch_at_once() {
                     let stream = Stream::new(driver).unwrap();
                     for turn in 1..=20 {
                         // Memory and launch one after the other, while the machine runs others' kernels.
-                        let (scale, rows) = ((turn + rank) as f32 * half, Rows::new(driver, 16));
+                        let (scale, rows) =
+                            ((turn + rank) as f32 * half, Rows::new(driver, Place::Device, 16));
                         let scales = holding(driver, Place::Device, &[scale; 16]);
-                        rows.launch(&**driver, &stream, &scales);
+                        launch(&rows, &**driver, &stream, &scales);
                         synchronize(&**driver, &stream).unwrap();
-                        rows.assert_all(scale);
+                        assert_all(&rows, scale);
                     }
                 });
             }
@@ -186,18 +146,18 @@ fn threads_launch_at_once() {
 fn events_stand_for_what_was_recorded_last() {
     let driver = one(6);
     let (stream, other) = (Stream::new(&driver).unwrap(), Stream::new(&driver).unwrap());
-    let (short, long) = (Rows::new(&driver, 4), Rows::new(&driver, 4096));
+    let (short, long) = (Rows::new(&driver, Place::Device, 4), Rows::new(&driver, Place::Device, 4096));
     let scales = holding(&driver, Place::Device, &vec![3.0f32; 4096]);
     let few = holding(&driver, Place::Device, &[2.0f32; 4]);
     let event = Event::new(&driver).unwrap();
-    short.launch(&*driver, &stream, &few);
+    launch(&short, &*driver, &stream, &few);
     record(&*driver, &event, &stream);
-    (0..4).for_each(|_| long.launch(&*driver, &other, &scales));
+    (0..4).for_each(|_| launch(&long, &*driver, &other, &scales));
     until_done(&event);
-    short.assert_all(2.0);
+    assert_all(&short, 2.0);
     record(&*driver, &event, &other);
     until_done(&event);
-    long.assert_all(3.0);
+    assert_all(&long, 3.0);
     synchronize(&*driver, &other).unwrap();
 }
 
@@ -221,33 +181,8 @@ fn impossible_launches_are_refused() {
 fn failed_checks_are_errors() {
     let driver = one(8);
     let stream = Stream::new(&driver).unwrap();
-    let words = Memory::new(&driver, Place::Device, 1 << 16).unwrap();
-    let no_expert = holding(&driver, Place::Device, &[77_i32]);
-    let received = holding(&driver, Place::Device, &[1_u64]);
-    // Of the host, where kernels must not count in the device's scope.
-    let order = Memory::new(&driver, Place::Host, size_of::<ExpertOrder>()).unwrap();
-    let table = |i: u64| words.address() + (i << 12);
-    let params = ExpertOrderParams {
-        topk_idx: no_expert.address(),
-        received: received.address(),
-        order: order.address(),
-        counts: table(1),
-        starts: table(2),
-        expanded: table(3),
-        sources: table(4),
-        scratch: table(5),
-        capacity: 1,
-        expanded_capacity: 16,
-        topk: 1,
-        num_experts: 4,
-        alignment: 1,
-        reserved: 0,
-    };
-    // SAFETY: what the kernel takes; memory stays until the machine is gone.
-    unsafe {
-        let grid = Grid { blocks: 1, warps: 1, shared: 0 };
-        driver.launch(stream.raw(), Kernel::ExpertOrder, grid, bytes_of(&params)).unwrap();
-    }
+    let order = MisplacedOrder::new(&driver);
+    order.launch(&*driver, &stream);
     let failed = |error: DeviceError| {
         let said = error.to_string();
         assert!(said.contains("shim failed") && said.contains("gpu scope on shared memory"), "{said}");
@@ -275,21 +210,10 @@ fn the_last_driver_takes_the_machine_along() {
     while !is_running(name) {
         assert!(Instant::now() < deadline, "the machine has a thread");
     }
-    let rows = Rows::new(&driver, 1 << 14);
+    let rows = Rows::new(&driver, Place::Device, 1 << 14);
     let scales = holding(&driver, Place::Device, &vec![1.0f32; 1 << 14]);
     let stream = driver.new_stream().unwrap();
-    let params = DequantiseParams {
-        x: rows.x.address(),
-        scales: scales.address(),
-        out: rows.out.address(),
-        received: rows.received.address(),
-        capacity: 1 << 14,
-        hidden: HIDDEN as u32,
-        scale_pitch: 4,
-        scale_bytes: 4,
-        out_bytes: 4,
-        reserved: 0,
-    };
+    let params = rows.params(scales.address(), 4);
     // SAFETY: what the kernel takes; freed memory stays until the machine is gone.
     unsafe { driver.launch(stream, Kernel::Dequantise, GRID, bytes_of(&params)).unwrap() };
     drop((rows, scales, driver));

@@ -9,7 +9,7 @@ mod device;
 use std::time::{Duration, Instant};
 
 use common::{BF16, Case, LIMIT, Ranks, config, contents, data, within};
-use device::{OnDevice, TOKENS, dispatch, fill, full, layers, outcome, seen};
+use device::{OnDevice, TOKENS, blamed, dispatch, fill, full, layers, outcome, seen};
 use railhop::config::{Rails, Staging};
 use railhop::device::Limits;
 use railhop::error::{DeviceError, Reason};
@@ -17,7 +17,8 @@ use railhop::reference::oracle::RankTokens;
 use railhop::wire::device::WarpMap;
 use railhop::wire::region::Lane;
 use railhop::{
-    Combine, Config, Cuda, Dispatched, EngineKind, Error, LocalWorld, RowFormat, RowShape, ScaleFormat,
+    Combine, Communicator, Config, Cuda, Dispatched, EngineKind, Error, LocalWorld, RowFormat, RowShape,
+    ScaleFormat,
 };
 
 #[test]
@@ -186,18 +187,7 @@ fn a_recorded_operation_that_a_rank_misses_is_a_fault_until_the_reset() {
         let layers = layers(&mut world, BF16, 4 * TOKENS);
         let case = Case::regular(&config, BF16, TOKENS);
         fill(&world, &layers, &case);
-        for rank in [0, 1, 3] {
-            // SAFETY: waited for below.
-            unsafe { layers[rank].dispatch.enqueue(world.stream(rank)).unwrap() };
-        }
-        world.synchronize();
-        let fault = loop {
-            match layers[0].dispatch.outcome() {
-                Some(Err(Error::Fault(fault))) => break fault,
-                outcome => assert!(outcome.is_none(), "{outcome:?}"),
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        };
+        let fault = blamed(&world, &layers, 2);
         assert_eq!(fault.rank, 2, "{fault}");
         world.ranks.at_once(|comm| comm.reset().unwrap());
         let stale = Error::Refused { rank: 0, reason: Reason::StaleHandle };
@@ -372,5 +362,22 @@ fn rows_that_do_not_fit_shared_memory_are_refused_before_anything_is_enqueued() 
             assert!(matches!(&outcome, Err(Error::Config(error)) if error.field == "warps"), "{outcome:?}");
         }
         ranks.round_trip(&case);
+    });
+}
+
+#[test]
+fn who_missed_an_operation_is_not_missed_after_the_reset() {
+    within(LIMIT, || {
+        let config = config(2, 2).deadline(Duration::from_millis(300)).build().unwrap();
+        let (case, mut ranks) = (Case::regular(&config, BF16, 6), Ranks::on_shim(&config));
+        let missing =
+            |comm: &mut Communicator| (comm.rank() != 1).then(|| comm.start_plan(case.routing(comm.rank())));
+        let pending = ranks.each(missing);
+        assert!(pending.into_iter().flatten().all(|pending| pending.wait().is_err()));
+        ranks.at_once(|comm| comm.reset().unwrap());
+        let mut pending = ranks.each(|comm| comm.start_plan(case.routing(comm.rank())));
+        // It has started all that the others have, and leaves.
+        drop((pending.remove(1), ranks.comms.remove(1)));
+        pending.into_iter().for_each(|pending| drop(pending.wait().unwrap()));
     });
 }

@@ -659,22 +659,6 @@ fn a_rank_that_left_is_named_at_once() {
 
 /// A dispatch and a combine run on lanes of their own, so that nobody learns of the other's start.
 #[test]
-fn who_missed_an_operation_is_not_missed_after_the_reset() {
-    within(LIMIT, || {
-        let (_, case, mut ranks) = hasty(2, 2);
-        let missing =
-            |comm: &mut Communicator| (comm.rank() != 1).then(|| comm.start_plan(case.routing(comm.rank())));
-        let pending = ranks.each(missing);
-        assert!(pending.into_iter().flatten().all(|pending| pending.wait().is_err()));
-        ranks.at_once(|comm| comm.reset().unwrap());
-        let mut pending = ranks.each(|comm| comm.start_plan(case.routing(comm.rank())));
-        // It has started all that the others have, and leaves.
-        drop((pending.remove(1), ranks.comms.remove(1)));
-        pending.into_iter().for_each(|pending| drop(pending.wait().unwrap()));
-    });
-}
-
-#[test]
 fn crossed_lanes_end_with_the_deadline() {
     within(LIMIT, || {
         let (_, case, mut ranks) = hasty(2, 2);

@@ -17,13 +17,12 @@ use std::process::Command;
 use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use bytemuck::{Pod, bytes_of};
 use common::{BF16, Case, Random, Ranks, config, contents, data, small_kernels};
 use cudarc::driver::sys::{self, CUgraphExec, CUstream, CUstreamCaptureMode};
-use device::{Layer, OnDevice, Seen, TOKENS, check_trace, dispatch, fill, full, layers, outcome};
+use device::{Layer, OnDevice, Seen, TOKENS, blamed, check_trace, dispatch, fill, full, layers, outcome};
 use half::bf16;
 use local::Launch;
 use proptest::prelude::*;
@@ -450,19 +449,7 @@ fn a_rank_that_never_sends_is_a_fault_and_the_device_works_on() {
         for round in 0..2 {
             let begun = Instant::now();
             if round == 0 {
-                for rank in [0, 1, 3] {
-                    // SAFETY: waited for below.
-                    unsafe { layers[rank].dispatch.enqueue(world.stream(rank)).unwrap() };
-                }
-                world.synchronize();
-                let fault = loop {
-                    match layers[0].dispatch.outcome() {
-                        Some(Err(Error::Fault(fault))) => break fault,
-                        outcome => assert!(outcome.is_none(), "{outcome:?}"),
-                    }
-                    assert!(begun.elapsed() < Duration::from_secs(20), "nobody is blamed");
-                    thread::sleep(Duration::from_millis(5));
-                };
+                let fault = blamed(&world, &layers, 2);
                 assert_eq!(fault.rank, 2, "{fault}");
             } else {
                 let absent = |comm: &mut railhop::Communicator| {

@@ -5,10 +5,13 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use bytemuck::Pod;
 use half::bf16;
 use railhop::device::{Driver, Memory, Place, Stream};
+use railhop::error::Fault;
 use railhop::reference::oracle::RankTokens;
 use railhop::reference::trace::Trace;
 use railhop::{
@@ -204,6 +207,26 @@ pub fn dispatch(world: &OnDevice, layers: &[Layer]) -> Vec<Result<usize, Error>>
     }
     world.synchronize();
     layers.iter().map(|layer| layer.dispatch.outcome().unwrap()).collect()
+}
+
+/// Who is blamed when `missing` does not dispatch, and all others do.
+pub fn blamed(world: &OnDevice, layers: &[Layer], missing: usize) -> Arc<Fault> {
+    let others = || layers.iter().enumerate().filter(|(rank, _)| *rank != missing);
+    for (rank, layer) in others() {
+        // SAFETY: waited for below.
+        unsafe { layer.dispatch.enqueue(world.stream(rank)).unwrap() };
+    }
+    world.synchronize();
+    let (_, layer) = others().next().expect("others");
+    let begun = Instant::now();
+    loop {
+        match layer.dispatch.outcome() {
+            Some(Err(Error::Fault(fault))) => return fault,
+            outcome => assert!(outcome.is_none(), "{outcome:?}"),
+        }
+        assert!(begun.elapsed() < Duration::from_secs(20), "nobody is blamed");
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// Exactly [`TOKENS`] tokens for each rank.
