@@ -102,6 +102,8 @@ pub struct Config {
     pub(crate) deadline: Duration,
     pub(crate) first_index: u64,
     pub(crate) engine: EngineKind,
+    /// What all ranks of a world must agree on, as one number: of all of the above but what is a rank's own.
+    agreement: u64,
 }
 
 impl Config {
@@ -124,6 +126,7 @@ impl Config {
                 deadline: Duration::from_secs(100),
                 first_index: 0,
                 engine: EngineKind::Host,
+                agreement: 0,
             },
             num_experts: None,
             channels: None,
@@ -187,7 +190,11 @@ impl Config {
 
     /// What all ranks of a world must agree on, as one number, the same in every build. Engine, worker budget and deadline
     /// are a rank's own.
-    pub(crate) fn agreement_hash(&self) -> u64 {
+    pub(crate) fn agreement(&self) -> u64 {
+        self.agreement
+    }
+
+    fn hash_agreement(&self) -> u64 {
         let topology = self.topology;
         let sizes = [topology.nodes(), topology.ranks_per_node(), self.name.len(), self.members.len()];
         let most = [self.max_hidden, self.max_topk, self.max_tokens];
@@ -323,15 +330,7 @@ impl ConfigBuilder {
         let world = self.config.topology.world_size();
         self.config.channels = self.channels.unwrap_or(self.config.worker_budget.div_ceil(world).max(1));
         let c = &self.config;
-        let check = |ok: bool, field, value: usize, reason: &str, nearest: Option<usize>| match ok {
-            true => Ok(()),
-            false => Err(ConfigError {
-                field,
-                value: value as u64,
-                reason: reason.into(),
-                nearest: nearest.map(|n| n as u64),
-            }),
-        };
+        let check = ConfigError::check;
         let experts = self.num_experts.unwrap_or(c.placement.num_experts());
         check(experts > 0, "experts", experts, "a world has at least one expert", Some(1))?;
         check(experts <= MAX_EXPERTS, "experts", experts, "at most 2^24 experts", Some(MAX_EXPERTS))?;
@@ -403,6 +402,7 @@ impl ConfigBuilder {
         if let Some(experts) = self.num_experts {
             self.config.placement = ExpertPlacement::contiguous(experts, world);
         }
+        self.config.agreement = self.config.hash_agreement();
         Ok(self.config)
     }
 }
@@ -437,7 +437,7 @@ mod tests {
     #[test]
     fn what_ranks_agree_on_is_one_number_in_every_build() {
         let world = || Config::builder(Topology::new(2, 2).unwrap()).experts(8).channels(2);
-        let hash = |builder: ConfigBuilder| builder.build().unwrap().agreement_hash();
+        let hash = |builder: ConfigBuilder| builder.build().unwrap().agreement();
         assert_eq!(hash(world()), 14_339_765_971_522_255_702);
         let others = [
             world().name("other"),

@@ -20,6 +20,21 @@ pub struct ConfigError {
 }
 
 impl ConfigError {
+    /// Refuses `value`, unless it is `ok`.
+    pub(crate) fn check(
+        ok: bool,
+        field: &'static str,
+        value: usize,
+        reason: &str,
+        nearest: Option<usize>,
+    ) -> Result<(), Self> {
+        if ok {
+            return Ok(());
+        }
+        let (value, nearest) = (value as u64, nearest.map(|nearest| nearest as u64));
+        Err(Self { field, value, reason: reason.into(), nearest })
+    }
+
     /// The system has refused what `field` asks for.
     pub(crate) fn refused(field: &'static str, value: usize, error: std::io::Error) -> Self {
         Self { field, value: value as u64, reason: error.to_string(), nearest: None }
@@ -159,6 +174,16 @@ pub enum Tensor {
     Bias = 6,
     /// Memory for the result [T, H].
     Out = 7,
+}
+
+impl Tensor {
+    /// It has the elements it should have.
+    pub(crate) fn check_size(self, expected: usize, got: usize) -> Result<(), Reason> {
+        match expected == got {
+            true => Ok(()),
+            false => Err(Reason::WrongSize { tensor: self, expected: expected as u64, got: got as u64 }),
+        }
+    }
 }
 
 impl fmt::Display for Tensor {
@@ -443,4 +468,16 @@ pub enum Error {
         /// How long the first to come waited.
         after: Duration,
     },
+}
+
+impl Error {
+    /// The reason that peers are told when this keeps a rank from the memory it needs.
+    pub(crate) fn for_peers(&self) -> Reason {
+        match *self {
+            Self::PoolExhausted { needed, largest } => {
+                Reason::PoolExhausted { needed: needed as u64, largest: largest as u64 }
+            }
+            _ => Reason::FormatMismatch,
+        }
+    }
 }

@@ -7,12 +7,12 @@ use std::sync::Arc;
 
 use super::buffer::RecvBuffer;
 use super::device::StreamRef;
-use super::input::{Combine, ExpertOutputs, Routed, Tokens, TokensAt, check_size};
+use super::input::{Combine, ExpertOutputs, Routed, Tokens, TokensAt};
 use super::pending::{
     CombineKeep, CombineOperation, Combined, DispatchKeep, DispatchOperation, Dispatched, Failed, Pending,
     PlanOperation,
 };
-use super::start::{Io, Job};
+use super::start::{Io, Job, Out};
 use crate::config::Config;
 use crate::device::RawStream;
 use crate::engine::completion::Waiter;
@@ -146,7 +146,6 @@ pub struct Communicator {
     pub(super) generation: u16,
     pub(super) epoch: u64,
     pub(super) turns: [u64; 2],
-    pub(super) agreement: u64,
     /// The caller's stream for what is started next.
     pub(super) stream: Option<RawStream>,
     pub(super) pool: Arc<Pool>,
@@ -164,7 +163,6 @@ impl Communicator {
             generation: world.control().generation(),
             epoch: 0,
             turns: [0; 2],
-            agreement: world.config().agreement_hash(),
             stream: None,
             pool: Arc::new(Pool::new(world.map(), world.control().clone())),
             presence: Arc::new(Presence { world: world.clone(), rank }),
@@ -291,12 +289,7 @@ impl Communicator {
         mut buffer: RecvBuffer,
     ) -> Pending<DispatchOperation<X>> {
         let shape = buffer.shape();
-        let check = || {
-            self.check_buffer(&buffer)?;
-            check_size(Tensor::TopkIdx, handle.topk(), shape.topk)?;
-            x.check(handle.num_tokens(), &shape)
-        };
-        let poison = poison.or_else(|| check().err());
+        let poison = poison.or_else(|| self.check_tokens(&handle, &x, &buffer).err());
         let settled = buffer.settle();
         let kept = Arc::new(DispatchKeep { x, buffer });
         let job = Job { kind, shape, weights: 0, poison, handle: &handle, buffer: Some(&kept.buffer) };
@@ -357,7 +350,7 @@ impl Communicator {
             let weights = handle.num_tokens() * weights;
             summed.resize(on_host(input.on_device.weights.is_some(), weights), 0.0);
         }
-        let (bias, out) = (input.bias.clone(), super::start::Out::of(&mut input, &mut summed));
+        let (bias, out) = (input.bias.clone(), Out::of(&mut input, &mut summed));
         let on_device = input.on_device.bias_rows();
         let rows = bias.as_deref().map_or(on_device, |bias| TokensAt::Host(Input::Bf16(bias)));
         let kept = Arc::new(CombineKeep { input, copied, weights: summed });
@@ -373,6 +366,19 @@ impl Communicator {
         self.pending(started, CombineOperation { _outputs: PhantomData })
     }
 
+    /// `x` can be sent by the plan of `handle` into `buffer`.
+    pub(super) fn check_tokens(
+        &self,
+        handle: &Handle,
+        x: &impl Tokens,
+        buffer: &RecvBuffer,
+    ) -> Result<(), Reason> {
+        self.check_buffer(buffer)?;
+        let shape = buffer.shape();
+        Tensor::TopkIdx.check_size(handle.topk(), shape.topk)?;
+        x.check(handle.num_tokens(), &shape)
+    }
+
     fn check_outputs(&self, handle: &Handle, buffer: Option<&RecvBuffer>) -> Result<(), Reason> {
         self.check_handle(handle)?;
         // Kernels know by themselves.
@@ -380,13 +386,19 @@ impl Communicator {
             return Err(Reason::NotDispatched);
         }
         let buffer = buffer.ok_or(Reason::FormatMismatch)?;
+        self.check_summable(handle, buffer)?;
+        let hidden = buffer.shape().hidden;
+        Tensor::ExpertOutputs.check_size(handle.num_recv_tokens() * hidden, buffer.rows() * hidden)
+    }
+
+    /// Rows like those of `buffer` can be summed by the plan of `handle`.
+    pub(super) fn check_summable(&self, handle: &Handle, buffer: &RecvBuffer) -> Result<(), Reason> {
         self.check_buffer(buffer)?;
-        let RowShape { hidden, topk, format } = buffer.shape();
+        let RowShape { topk, format, .. } = buffer.shape();
         if format != RowFormat::Bf16 {
             return Err(Reason::FormatMismatch);
         }
-        check_size(Tensor::TopkIdx, handle.topk(), topk)?;
-        check_size(Tensor::ExpertOutputs, handle.num_recv_tokens() * hidden, buffer.rows() * hidden)
+        Tensor::TopkIdx.check_size(handle.topk(), topk)
     }
 
     /// After a fault: meets all ranks of the world, stops what is left of the old operations and makes the
@@ -435,8 +447,14 @@ impl Communicator {
         let topk = if checked.is_ok() { routing.topk() } else { 1 };
         match DevicePlan::new(&world.config, &self.pool, (self.id, self.generation), tokens, topk) {
             Ok(plan) => (PlanOf::Device(Some(Arc::new(plan))), checked.err()),
-            Err(error) => (PlanOf::Device(None), checked.err().or(Some(super::start::no_room(&error)))),
+            Err(error) => (PlanOf::Device(None), checked.err().or(Some(error.for_peers()))),
         }
+    }
+
+    /// The plan of `handle` on this rank's device, if it is of use.
+    pub(super) fn device_plan_of(&self, handle: &Handle) -> Option<Arc<DevicePlan>> {
+        let PlanOf::Device(plan) = &handle.plan else { return None };
+        plan.clone().filter(|_| self.check_handle(handle).is_ok())
     }
 
     pub(super) fn check_handle(&self, handle: &Handle) -> Result<(), Reason> {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use half::bf16;
 
-use super::input::{ScaleOrder, TokensAt, check_scales, check_size, sealed};
+use super::input::{ScaleOrder, TokensAt, check_scales, sealed};
 use crate::device::RawStream;
 use crate::error::{Reason, Tensor};
 use crate::numeric::ScaleFormat;
@@ -122,7 +122,7 @@ impl sealed::Tokens for DeviceSlice<bf16> {
     }
 
     fn check(&self, tokens: usize, shape: &RowShape) -> Result<(), Reason> {
-        check_size(Tensor::X, tokens * shape.hidden, self.len)
+        Tensor::X.check_size(tokens * shape.hidden, self.len)
     }
 }
 
@@ -138,7 +138,7 @@ impl sealed::Tokens for DeviceFp8Tokens {
         if shape.format != RowFormat::Fp8(format) {
             return Err(Reason::FormatMismatch);
         }
-        check_size(Tensor::X, tokens * shape.hidden, self.codes.len)?;
+        Tensor::X.check_size(tokens * shape.hidden, self.codes.len)?;
         check_scales((format, self.order, self.scales.place().1), tokens, shape.hidden)
     }
 }

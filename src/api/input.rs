@@ -8,10 +8,10 @@ use super::buffer::RecvBuffer;
 use super::communicator::Communicator;
 use super::device::{DeviceRouting, DeviceSlice};
 use crate::config::Config;
-use crate::error::{Error, Reason, Tensor};
+use crate::error::{Reason, Tensor};
 use crate::numeric::{ScaleFormat, scale_groups};
-use crate::proto::{Input, ScaleView};
-use crate::wire::shape::{RowFormat, RowShape, check_topk};
+use crate::proto::{Input, ScaleView, plan};
+use crate::wire::shape::{RowFormat, RowShape};
 
 /// Routing on the host or on the device.
 pub enum Routed<'a> {
@@ -36,10 +36,7 @@ impl Routed<'_> {
             Self::Host(routing) => (routing.topk, routing.topk_idx.len(), routing.topk_weights.len()),
             Self::Device(routing) => (routing.topk, routing.topk_idx.len(), routing.topk_weights.len()),
         };
-        check_topk(topk, config)?;
-        let tokens = entries / topk;
-        check_size(Tensor::TopkIdx, tokens * topk, entries)?;
-        check_size(Tensor::TopkWeights, entries, weights)?;
+        let tokens = plan::check_sizes(config, topk, entries, weights)?;
         match tokens <= config.max_tokens {
             true => Ok(tokens),
             false => Err(Reason::TooManyTokens { tokens: tokens as u64, max: config.max_tokens as u64 }),
@@ -113,21 +110,13 @@ pub(crate) mod sealed {
     }
 }
 
-/// `tensor` has the elements it should have.
-pub(crate) fn check_size(tensor: Tensor, expected: usize, got: usize) -> Result<(), Reason> {
-    match expected == got {
-        true => Ok(()),
-        false => Err(Reason::WrongSize { tensor, expected: expected as u64, got: got as u64 }),
-    }
-}
-
 impl<B: AsRef<[bf16]> + Send + Sync + 'static> sealed::Tokens for B {
     fn view(&self) -> TokensAt<'_> {
         TokensAt::Host(Input::Bf16(self.as_ref()))
     }
 
     fn check(&self, tokens: usize, shape: &RowShape) -> Result<(), Reason> {
-        check_size(Tensor::X, tokens * shape.hidden, self.as_ref().len())
+        Tensor::X.check_size(tokens * shape.hidden, self.as_ref().len())
     }
 }
 
@@ -221,7 +210,7 @@ pub(crate) fn check_scales(
     };
     match wide_enough && len >= needed {
         true => Ok(()),
-        false => check_size(Tensor::Scales, (tokens * elements).max(needed), len.min(tokens * elements - 1)),
+        false => Tensor::Scales.check_size((tokens * elements).max(needed), len.min(tokens * elements - 1)),
     }
 }
 
@@ -236,7 +225,7 @@ impl<C: AsRef<[u8]> + Send + Sync + 'static> sealed::Tokens for Fp8Tokens<C> {
         if shape.format != RowFormat::Fp8(self.scales.format()) {
             return Err(Reason::FormatMismatch);
         }
-        check_size(Tensor::X, tokens * shape.hidden, self.codes.as_ref().len())?;
+        Tensor::X.check_size(tokens * shape.hidden, self.codes.as_ref().len())?;
         let Scales { order, .. } = self.scales;
         check_scales((self.scales.format(), order, self.scales.bytes().len() / 4), tokens, shape.hidden)
     }
@@ -291,17 +280,12 @@ impl<B: AsRef<[bf16]> + Send + Sync + 'static> sealed::ExpertOutputs for Rows<B>
         shape.check(communicator.config())?;
         let rows = self.rows.as_ref();
         let count = rows.len() / self.hidden;
-        check_size(Tensor::ExpertOutputs, count * self.hidden, rows.len())?;
-        let mut buffer = communicator.recv_buffer(count, shape).map_err(|error| match error {
-            Error::PoolExhausted { needed, largest } => {
-                Reason::PoolExhausted { needed: needed as u64, largest: largest as u64 }
-            }
-            _ => Reason::FormatMismatch,
-        })?;
+        Tensor::ExpertOutputs.check_size(count * self.hidden, rows.len())?;
+        let mut buffer = communicator.recv_buffer(count, shape).map_err(|error| error.for_peers())?;
         buffer.set_rows(count);
         buffer.bf16_mut().copy_from_slice(rows);
         if let Some(weights) = &self.topk_weights {
-            check_size(Tensor::TopkWeights, count * topk, weights.len())?;
+            Tensor::TopkWeights.check_size(count * topk, weights.len())?;
             buffer.topk_weights_mut().copy_from_slice(weights);
         }
         Ok(buffer)
@@ -388,9 +372,9 @@ impl<Y: ExpertOutputs> Combine<Y> {
     pub(crate) fn check(&self, elements: usize, weights: usize) -> Result<(), Reason> {
         let OnDevice { bias, out, weights: sums } = &self.on_device;
         let bias = self.bias.as_ref().map(|bias| bias.len()).or(bias.as_ref().map(DeviceSlice::len));
-        bias.map_or(Ok(()), |len| check_size(Tensor::Bias, elements, len))?;
-        out.as_ref().map_or(Ok(()), |out| check_size(Tensor::Out, elements, out.len()))?;
-        sums.as_ref().map_or(Ok(()), |sums| check_size(Tensor::TopkWeights, weights, sums.len()))
+        bias.map_or(Ok(()), |len| Tensor::Bias.check_size(elements, len))?;
+        out.as_ref().map_or(Ok(()), |out| Tensor::Out.check_size(elements, out.len()))?;
+        sums.as_ref().map_or(Ok(()), |sums| Tensor::TopkWeights.check_size(weights, sums.len()))
     }
 
     /// The outputs, to be changed before the operation that takes them.

@@ -5,14 +5,13 @@
 use std::sync::Arc;
 
 use super::buffer::RecvBuffer;
-use super::communicator::{Communicator, Handle, PlanOf};
+use super::communicator::{Communicator, Handle};
 use super::device::{DeviceRouting, StreamRef};
-use super::input::{Combine, ExpertOutputs, Routed, Tokens, check_size};
+use super::input::{Combine, ExpertOutputs, Routed, Tokens};
 use super::start::{Io, Job, Out};
 use crate::engine::cuda::Recording;
 use crate::engine::{Engine, World};
-use crate::error::{Error, Kind, Reason, Tensor};
-use crate::wire::shape::RowFormat;
+use crate::error::{Error, Kind, Reason};
 
 /// An operation with fixed rows and buffers, all on the device: *capacity mode*. No execution needs the host: counts
 /// stay on the device, and a buffer too small for what comes makes the execution end with status and counts in
@@ -117,12 +116,7 @@ impl Communicator {
     ) -> Result<Recorded<(X, RecvBuffer)>, Error> {
         buffer.settle()?;
         let shape = buffer.shape();
-        let check = || {
-            self.check_buffer(&buffer)?;
-            check_size(Tensor::TopkIdx, handle.topk(), shape.topk)?;
-            x.check(handle.num_tokens(), &shape)
-        };
-        let poison = poison.or_else(|| check().err());
+        let poison = poison.or_else(|| self.check_tokens(&handle, &x, &buffer).err());
         let job = Job { kind, shape, weights: 0, poison, handle: &handle, buffer: Some(&buffer) };
         let recording = self.record(job, Io { rows: x.view(), ..io })?;
         // Rows that executions deliver are as many as the buffer holds, at most.
@@ -146,15 +140,7 @@ impl Communicator {
         // As many rows are read as were dispatched.
         buffer.set_rows(buffer.capacity());
         let shape = buffer.shape();
-        let check = || {
-            self.check_handle(handle)?;
-            if shape.format != RowFormat::Bf16 {
-                return Err(Reason::FormatMismatch);
-            }
-            self.check_buffer(buffer)?;
-            check_size(Tensor::TopkIdx, handle.topk(), shape.topk)
-        };
-        check().map_err(refused)?;
+        self.check_handle(handle).and_then(|()| self.check_summable(handle, buffer)).map_err(refused)?;
         let weights = if input.with_weights { handle.topk() } else { 0 };
         let tokens = handle.num_tokens();
         input.check(tokens * shape.hidden, tokens * weights).map_err(refused)?;
@@ -174,8 +160,7 @@ impl Communicator {
     fn record(&self, job: Job<'_>, io: Io<'_>) -> Result<Recording, Error> {
         let refused = |reason| Error::Refused { rank: self.rank(), reason };
         let World::Cuda(world) = &self.world else { return Err(refused(Reason::WrongMemory)) };
-        let PlanOf::Device(plan) = &job.handle.plan else { return Err(refused(Reason::Foreign)) };
-        let plan = plan.clone().filter(|_| self.check_handle(job.handle).is_ok());
+        let plan = self.device_plan_of(job.handle);
         let request = self.request(job, plan, io, Arc::new(()));
         // SAFETY: nothing is enqueued yet; what is recorded stays as long as `Recorded`, by the contract of `enqueue`
         // and of `DeviceSlice::from_raw`.

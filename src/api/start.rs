@@ -10,11 +10,11 @@ use super::buffer::RecvBuffer;
 use super::communicator::{Communicator, Handle, PlanOf, Started};
 use super::input::{Combine, ExpertOutputs, Routed, TokensAt};
 use crate::engine::World;
-use crate::engine::completion::{Completion, Keep, Waiter};
+use crate::engine::completion::{Keep, Waiter};
 use crate::engine::cuda::{self, DevicePlan, Request, Sink, Source};
 use crate::engine::host::{self, CallerBuffers, Run};
 use crate::error::{Error, Kind, Reason, Started as StartedOperation};
-use crate::proto::plan::Plan;
+use crate::proto::plan::{Plan, Routing};
 use crate::proto::{Buffer, Input, Op, OpSpec};
 use crate::wire::region::Lane;
 use crate::wire::shape::{RecvParts, RowShape};
@@ -100,22 +100,10 @@ fn host_part<T>(sink: Sink) -> (*mut T, usize) {
     }
 }
 
-/// Why a plan got no memory.
-pub(super) fn no_room(error: &Error) -> Reason {
-    match *error {
-        Error::PoolExhausted { needed, largest } => {
-            Reason::PoolExhausted { needed: needed as u64, largest: largest as u64 }
-        }
-        _ => Reason::FormatMismatch,
-    }
-}
-
 impl Started {
     /// An operation that was over before it began.
     pub fn failed(keep: Keep, error: Error) -> Self {
-        let completion = Arc::new(Completion::new(keep));
-        completion.finish(Err(error));
-        Self { waiter: Waiter::new(completion), on_device: None }
+        Self { waiter: Waiter::failed(keep, error), on_device: None }
     }
 }
 
@@ -126,27 +114,24 @@ impl Communicator {
     /// What `io` names on the host stays where it is, inputs unchanged and outputs untouched, until the operation is
     /// over; what it names on the device, by the contract of [`super::DeviceSlice::from_raw`]. `keep` owns it.
     pub(super) unsafe fn start(&mut self, job: Job<'_>, io: Io<'_>, keep: Keep) -> Started {
-        match (self.world.clone(), &job.handle.plan) {
-            (World::Host(world), PlanOf::Host(plan)) => {
-                let plan = plan.clone();
+        match self.world.clone() {
+            World::Host(world) => {
+                let plan = match &job.handle.plan {
+                    PlanOf::Host(plan) => plan.clone(),
+                    // Foreign, so refused: some plan stands in for it.
+                    PlanOf::Device(_) => {
+                        let routing = Routing::empty(job.handle.topk());
+                        Arc::new(Plan::new(&world.config, world.map.counts(), (0, 0, 0), routing))
+                    }
+                };
                 // SAFETY: the caller's.
                 unsafe { self.start_on_host(&world, job, plan, io, keep) }
             }
-            (World::Cuda(world), PlanOf::Device(plan)) => {
-                let plan = plan.clone().filter(|_| self.check_handle(job.handle).is_ok());
+            World::Cuda(world) => {
+                let plan = self.device_plan_of(job.handle);
                 // SAFETY: the caller's.
                 unsafe { self.start_on_device(&world, job, plan, io, keep) }
             }
-            // A handle of another engine is foreign: some plan stands in for it.
-            (World::Host(world), _) => {
-                let id = (0, 0, 0);
-                let routing = crate::proto::plan::Routing::empty(job.handle.topk());
-                let plan = Arc::new(Plan::new(&world.config, world.map.counts(), id, routing));
-                // SAFETY: the caller's.
-                unsafe { self.start_on_host(&world, job, plan, io, keep) }
-            }
-            // SAFETY: the caller's.
-            (World::Cuda(world), _) => unsafe { self.start_on_device(&world, job, None, io, keep) },
         }
     }
 
@@ -172,7 +157,7 @@ impl Communicator {
             topk: job.shape.topk as u32,
             format: job.shape.format.code() | u32::from(job.weights > 0) << 8,
             plan: plan.epoch,
-            config: self.agreement,
+            config: world.config.agreement(),
         };
         let at = |buffer: &RecvBuffer| Buffer::new(&buffer.layout, buffer.offset());
         let buffer = job.buffer.filter(|_| poison.is_none()).map_or(Buffer::none(), at);

@@ -36,15 +36,13 @@ impl State {
 impl Completion {
     /// The end of an operation that keeps `keep`.
     pub fn new(keep: Keep) -> Self {
-        let state = State { finished: false, abandoned: false, keep: Some(keep), fetch: None };
-        Self { result: OnceLock::new(), state: Mutex::new(state), wake: Condvar::new() }
+        Self::with_fetch(keep, None)
     }
 
     /// The same; the caller who waits for success does `fetch` first.
     pub fn with_fetch(keep: Keep, fetch: Option<Fetch>) -> Self {
-        let completion = Self::new(keep);
-        lock(&completion.state).fetch = fetch;
-        completion
+        let state = State { finished: false, abandoned: false, keep: Some(keep), fetch };
+        Self { result: OnceLock::new(), state: Mutex::new(state), wake: Condvar::new() }
     }
 
     /// Ends the operation, once.
@@ -72,6 +70,13 @@ impl Waiter {
     /// Waits for `completion`.
     pub fn new(completion: Arc<Completion>) -> Self {
         Self(completion)
+    }
+
+    /// Waits for what was over before it began.
+    pub fn failed(keep: Keep, error: Error) -> Self {
+        let completion = Completion::new(keep);
+        completion.finish(Err(error));
+        Self::new(Arc::new(completion))
     }
 
     /// Whether [`Waiter::wait`] would return at once.

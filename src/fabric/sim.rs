@@ -170,7 +170,7 @@ impl Sim {
     pub fn start(&mut self, rank: usize, mut spec: OpSpec, input: Option<Arc<[bf16]>>) -> usize {
         let (id, own) = (self.operations.len(), &mut self.ranks[rank]);
         let lane = Lane::of(spec.started.kind) as usize;
-        (spec.started.epoch, spec.started.config) = (own.epoch, self.config.agreement_hash());
+        (spec.started.epoch, spec.started.config) = (own.epoch, self.config.agreement());
         let (config, map, turn) = (self.config.clone(), self.map.clone(), own.turns[lane]);
         let op = Arc::new(Op::new(config, map, rank, self.generation, turn, spec));
         own.epoch += 1;

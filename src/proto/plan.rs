@@ -12,6 +12,15 @@ use crate::wire::shape::{Header, check_topk};
 /// "No rank" in [`Routing`], "no row" in [`Placed`].
 const NONE: u32 = u32::MAX;
 
+/// The number of tokens whose `topk_idx` has so many entries, and `topk_weights` so many weights.
+pub fn check_sizes(config: &Config, topk: usize, entries: usize, weights: usize) -> Result<usize, Reason> {
+    check_topk(topk, config)?;
+    let tokens = entries / topk;
+    Tensor::TopkIdx.check_size(tokens * topk, entries)?;
+    Tensor::TopkWeights.check_size(entries, weights)?;
+    Ok(tokens)
+}
+
 /// A rank's routing, checked: which experts each of its tokens goes to, with which weights.
 #[derive(Debug)]
 pub struct Routing {
@@ -24,14 +33,7 @@ pub struct Routing {
 impl Routing {
     /// Checks `topk_idx` [T, K] (−1 = masked) and `topk_weights` [T, K].
     pub fn new(config: &Config, topk: usize, topk_idx: &[i64], weights: Arc<[f32]>) -> Result<Self, Reason> {
-        check_topk(topk, config)?;
-        let size = |tensor, expected: usize, got: usize| match expected == got {
-            true => Ok(()),
-            false => Err(Reason::WrongSize { tensor, expected: expected as u64, got: got as u64 }),
-        };
-        let tokens = topk_idx.len() / topk;
-        size(Tensor::TopkIdx, tokens * topk, topk_idx.len())?;
-        size(Tensor::TopkWeights, topk_idx.len(), weights.len())?;
+        let tokens = check_sizes(config, topk, topk_idx.len(), weights.len())?;
         let num_experts = config.placement.num_experts() as i64;
         if let Some(at) = topk_idx.iter().position(|&expert| !(-1..num_experts).contains(&expert)) {
             let (token, k) = ((at / topk) as u64, (at % topk) as u64);

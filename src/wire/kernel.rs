@@ -369,7 +369,7 @@ impl Params {
             topk: op.shape.topk as u32,
             format: if plan { 0 } else { op.shape.format.code() | u32::from(op.weights > 0) << 8 },
             plan: 0,
-            config: config.agreement_hash(),
+            config: config.agreement(),
         });
         self.poison = op.poison.into();
         self.num_experts = config.placement().num_experts() as u32;

@@ -122,13 +122,8 @@ impl Drop for Engine {
 }
 
 fn check(cuda: &Cuda) -> Result<(), ConfigError> {
-    let check = |ok: bool, field, value: usize, reason: &str, nearest: usize| match ok {
-        true => Ok(()),
-        false => {
-            let (value, nearest) = (value as u64, Some(nearest as u64));
-            Err(ConfigError { field, value, reason: reason.into(), nearest })
-        }
-    };
+    let check =
+        |ok, field, value, reason, nearest| ConfigError::check(ok, field, value, reason, Some(nearest));
     check(!cuda.devices.is_empty(), "devices", 0, "ranks need a device", 1)?;
     let warps = "a block has 1 to 16 warps";
     check((1..=16).contains(&cuda.warps), "warps", cuda.warps, warps, cuda.warps.clamp(1, 16))?;
@@ -159,11 +154,6 @@ fn check(cuda: &Cuda) -> Result<(), ConfigError> {
 }
 
 impl World {
-    /// A rank of this process.
-    pub(super) fn rank(&self, rank: usize) -> &Rank {
-        &self.ranks[rank]
-    }
-
     /// `rank` is gone: whoever still waits for it gets a fault.
     pub fn depart(&self, rank: usize) {
         self.control.depart(rank);

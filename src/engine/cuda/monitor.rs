@@ -149,7 +149,7 @@ impl<'a> Monitor<'a> {
             if let Some(rank) = self.missing_for_good(run) {
                 return Some(run.silent_fault(rank, Cause::Departed));
             }
-            if let Some(why) = self.world.rank(run.rank).proxy_failure() {
+            if let Some(why) = self.world.ranks[run.rank].proxy_failure() {
                 return Some(run.silent_fault(run.rank, Cause::Proxy(why)));
             }
         }
@@ -180,7 +180,7 @@ impl<'a> Monitor<'a> {
             Ok(false) => None,
             // The report may have come in between.
             Ok(true) => {
-                let silent = self.ended(self.world.rank(run.rank), run).is_none();
+                let silent = self.ended(&self.world.ranks[run.rank], run).is_none();
                 silent.then(|| format!("the kernels of a {} have ended without a report", run.kind))
             }
             Err(error) => Some(error.to_string()),
@@ -194,7 +194,7 @@ impl<'a> Monitor<'a> {
             return None;
         }
         let since = *self.suspected.get_or_insert_with(Instant::now);
-        let running = runs.iter().any(|run| self.ended(self.world.rank(run.rank), run).is_none());
+        let running = runs.iter().any(|run| self.ended(&self.world.ranks[run.rank], run).is_none());
         // What else waits is not known of recordings.
         let running = running || runs.is_empty();
         (!running || since.elapsed() > GRACE).then(|| self.blame(&records, runs))

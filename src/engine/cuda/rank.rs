@@ -289,12 +289,18 @@ impl Rank {
         self.lanes.iter().for_each(|lane| lock(lane).runs.clear());
     }
 
-    /// A report that no operation uses; none if none becomes free in time.
-    pub fn take_slot(&self, limit: Duration) -> Option<Slot> {
+    /// A report that no other operation uses; it says that its operation is under way.
+    ///
+    /// # Errors
+    /// None becomes free in time.
+    pub fn take_slot(&self, limit: Duration) -> Result<Slot, DeviceError> {
         let free = lock(&self.slots.free);
         let waited = self.slots.given.wait_timeout_while(free, limit, |free| free.is_empty());
         let (mut free, _) = waited.unwrap_or_else(|poisoned| poisoned.into_inner());
-        free.pop()
+        let reason = "no report has become free within the deadline";
+        let slot = free.pop().ok_or_else(|| DeviceError::Call { call: "start", reason: reason.into() })?;
+        self.expect_report(slot.report);
+        Ok(slot)
     }
 
     pub fn give_slot(&self, slot: Slot) {

@@ -10,21 +10,20 @@ use super::plan::DevicePlan;
 use super::rank::Slot;
 use super::report::Ended;
 use super::request::Request;
+use super::start::Launch;
 use super::{Counts, World};
 use crate::device::RawStream;
 use crate::engine::completion::lock;
 use crate::engine::pool::Pool;
-use crate::error::{DeviceError, Error, Kind, Reason};
+use crate::error::{Error, Reason};
 use crate::wire::kernel::Params;
 use crate::wire::region::Lane;
-use crate::wire::shape::RowShape;
 
 /// An operation of one rank, ready to be enqueued. It owns nothing of the caller's.
 pub struct Recording {
     world: Arc<World>,
     rank: usize,
-    kind: Kind,
-    shape: RowShape,
+    launch: Launch,
     generation: u16,
     params: Params,
     /// Until it is dropped.
@@ -49,29 +48,24 @@ impl World {
         if let Some(fault) = self.control.fault() {
             return Err(Error::Fault(fault));
         }
-        self.check_rows(&self.ranks[rank], request.kind, &request.shape)?;
+        let this = &self.ranks[rank];
+        let launch = self.launch_of(this, request.kind, &request.shape)?;
         let wrong = request.poison.or(request.is_on_host().then_some(Reason::WrongMemory));
         if let Some(reason) = wrong {
             return Err(Error::Refused { rank, reason });
         }
         // SAFETY: nothing lies on the host.
         let staged = unsafe { self.stage(rank, pool, &request)? };
-        let this = &self.ranks[rank];
-        let slot = this.take_slot(self.config.deadline).ok_or_else(|| DeviceError::Call {
-            call: "record",
-            reason: "no report has become free within the deadline".into(),
-        })?;
-        this.expect_report(slot.report);
+        let slot = this.take_slot(self.config.deadline)?;
         self.recordings.fetch_add(1, Ordering::Relaxed);
         self.uncounted.store(true, Ordering::Relaxed);
         self.wake_monitor();
         Ok(Recording {
             world: self.clone(),
             rank,
-            kind: request.kind,
-            shape: request.shape,
             generation: self.control.generation(),
-            params: self.params(this, &request, &staged, slot.report),
+            params: self.params(this, &request, &staged, (slot.report, &launch)),
+            launch,
             slot: Some(slot),
             _plan: request.plan,
         })
@@ -100,9 +94,9 @@ impl Recording {
         }
         let this = &world.ranks[rank];
         // In order with what else is launched for the lane.
-        let _queue = lock(this.lane(Lane::of(self.kind)));
+        let _queue = lock(this.lane(Lane::of(self.launch.kind)));
         // SAFETY: the caller's.
-        unsafe { world.launch(this, stream, self.kind, &self.shape, &self.params)? };
+        unsafe { self.launch.enqueue(this, stream, &self.params)? };
         this.wake_proxy();
         Ok(())
     }

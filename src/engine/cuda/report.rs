@@ -21,7 +21,7 @@ pub enum Ended {
 
 impl Rank {
     /// Makes a report say that its operation is under way.
-    pub fn expect_report(&self, report: usize) {
+    pub(super) fn expect_report(&self, report: usize) {
         let at = self.mailbox_map.reports[report].report;
         self.mailbox.clear(at, size_of::<Report>());
         let ended = self.mailbox.word(at + offset_of!(Report, ended)).expect("in the map");

@@ -14,7 +14,7 @@ use super::request::{Request, Staged};
 use crate::device::{Kernel, RawStream};
 use crate::engine::completion::{Completion, Waiter, lock};
 use crate::engine::pool::{Block, Pool};
-use crate::error::{Cause, DeviceError, Error, Fault, Kind, Reason};
+use crate::error::{Cause, ConfigError, DeviceError, Error, Fault, Kind};
 use crate::wire::device::HandleMap;
 use crate::wire::kernel::{Operation, Params};
 use crate::wire::region::{LANES, Lane};
@@ -56,11 +56,7 @@ impl World {
         pool: &Arc<Pool>,
         mut request: Request<'_>,
     ) -> Started {
-        let fail = |keep, error| {
-            let completion = Arc::new(Completion::new(keep));
-            completion.finish(Err(error));
-            Started { waiter: Waiter::new(completion), run: None }
-        };
+        let fail = |keep, error| Started { waiter: Waiter::failed(keep, error), run: None };
         if let Some(fault) = self.control.fault() {
             return fail(request.keep, Error::Fault(fault));
         }
@@ -69,9 +65,8 @@ impl World {
         }
         // SAFETY: the caller's.
         let mut staged = unsafe { self.stage(rank, pool, &request) };
-        if let Err(Error::PoolExhausted { needed, largest }) = staged {
-            let (needed, largest) = (needed as u64, largest as u64);
-            request.poison = Some(Reason::PoolExhausted { needed, largest });
+        if let Err(error @ Error::PoolExhausted { .. }) = &staged {
+            request.poison = Some(error.for_peers());
             request.withhold();
             // SAFETY: as above; nothing is left to be staged.
             staged = unsafe { self.stage(rank, pool, &request) };
@@ -104,13 +99,9 @@ impl World {
     unsafe fn enqueue(&self, rank: usize, request: Request<'_>, staged: Staged) -> Result<Arc<Run>, Error> {
         let this = &self.ranks[rank];
         let lane = Lane::of(request.kind);
-        self.check_rows(this, request.kind, &request.shape)?;
-        let slot = this.take_slot(self.config.deadline).ok_or_else(|| DeviceError::Call {
-            call: "start",
-            reason: "no report has become free within the deadline".into(),
-        })?;
-        let params = self.params(this, &request, &staged, slot.report);
-        this.expect_report(slot.report);
+        let launch = self.launch_of(this, request.kind, &request.shape)?;
+        let slot = this.take_slot(self.config.deadline)?;
+        let params = self.params(this, &request, &staged, (slot.report, &launch));
         let completion = Arc::new(Completion::with_fetch(request.keep, staged.fetch));
         let mut queue = lock(this.lane(lane));
         let stream = request.stream.unwrap_or(this.stream(lane));
@@ -122,7 +113,7 @@ impl World {
                 let other = LANES.into_iter().find(|&other| other != lane).expect("there are two");
                 self.follow(this, &lock(this.lane(other)), stream)?;
             }
-            self.launch(this, stream, request.kind, &request.shape, &params)?;
+            launch.enqueue(this, stream, &params)?;
             this.driver.record(slot.event.raw(), stream)?;
         }
         let run = Arc::new(Run {
@@ -142,11 +133,15 @@ impl World {
         Ok(run)
     }
 
-    /// Rows of `shape` fit the warps' shared memory: seen before anything is enqueued that peers would wait for.
-    pub(super) fn check_rows(&self, rank: &Rank, kind: Kind, shape: &RowShape) -> Result<(), Error> {
-        let shape = valid(&self.config, shape);
-        let grids = Grids::new(&self.config, &self.cuda, Lane::of(kind), &shape);
-        check_shared(grids.rows, rank.driver.limits().shared).map_err(Error::from)
+    /// How an operation on rows of `shape` is launched.
+    ///
+    /// # Errors
+    /// Its rows don't fit shared memory: seen before anything is enqueued that peers would wait for.
+    pub(super) fn launch_of(&self, rank: &Rank, kind: Kind, shape: &RowShape) -> Result<Launch, ConfigError> {
+        let (shape, lane) = (valid(&self.config, shape), Lane::of(kind));
+        let grids = Grids::new(&self.config, &self.cuda, lane, &shape);
+        check_shared(grids.rows, rank.driver.limits().shared)?;
+        Ok(Launch { kind, shape, grids })
     }
 
     /// Makes what is enqueued next on `stream` come after the last operation of a lane.
@@ -160,31 +155,6 @@ impl World {
             Some(slot) => unsafe { rank.driver.wait(stream, slot.event.raw()) },
             // It is over.
             None => Ok(()),
-        }
-    }
-
-    /// Enqueues the kernels of an operation.
-    ///
-    /// # Safety
-    /// As for [`crate::device::Driver::launch`].
-    pub(super) unsafe fn launch(
-        &self,
-        rank: &Rank,
-        stream: RawStream,
-        kind: Kind,
-        shape: &RowShape,
-        params: &Params,
-    ) -> Result<(), DeviceError> {
-        let grids = Grids::new(&self.config, &self.cuda, Lane::of(kind), &valid(&self.config, shape));
-        let rows = match kind {
-            Kind::Plan => None,
-            Kind::Dispatch | Kind::PlanDispatch => Some(Kernel::Dispatch),
-            Kind::Combine => Some(Kernel::Combine),
-        };
-        // SAFETY: the caller's.
-        unsafe {
-            rank.driver.launch(stream, Kernel::Plan, grids.plan, bytes_of(params))?;
-            rows.map_or(Ok(()), |kernel| rank.driver.launch(stream, kernel, grids.rows, bytes_of(params)))
         }
     }
 
@@ -226,10 +196,9 @@ impl World {
         rank: &Rank,
         request: &Request<'_>,
         staged: &Staged,
-        report: usize,
+        (report, launch): (usize, &Launch),
     ) -> Params {
-        let lane = Lane::of(request.kind);
-        let shape = valid(&self.config, &request.shape);
+        let (lane, shape) = (Lane::of(launch.kind), launch.shape);
         let blank = HandleMap::new(&self.config, 0, shape.topk, 0);
         let (map, handle, tokens) = match &request.plan {
             Some(plan) => (&plan.map, self.address(rank.rank, plan.offset()), plan.tokens),
@@ -249,10 +218,42 @@ impl World {
             capacity: request.buffer.0,
             parts: request.buffer.1,
             handle: (map, handle),
-            warp: Grids::new(&self.config, &self.cuda, lane, &shape).warp,
+            warp: launch.grids.warp,
             report,
         };
         Params::new(rank.maps(), &rank.addresses, &operation)
+    }
+}
+
+/// How the kernels of an operation are launched.
+pub struct Launch {
+    pub(super) kind: Kind,
+    shape: RowShape,
+    grids: Grids,
+}
+
+impl Launch {
+    /// Enqueues the kernels.
+    ///
+    /// # Safety
+    /// As for [`crate::device::Driver::launch`].
+    pub(super) unsafe fn enqueue(
+        &self,
+        rank: &Rank,
+        stream: RawStream,
+        params: &Params,
+    ) -> Result<(), DeviceError> {
+        let rows = match self.kind {
+            Kind::Plan => None,
+            Kind::Dispatch | Kind::PlanDispatch => Some(Kernel::Dispatch),
+            Kind::Combine => Some(Kernel::Combine),
+        };
+        let (driver, Grids { plan, rows: grid, .. }) = (&rank.driver, &self.grids);
+        // SAFETY: the caller's.
+        unsafe {
+            driver.launch(stream, Kernel::Plan, *plan, bytes_of(params))?;
+            rows.map_or(Ok(()), |kernel| driver.launch(stream, kernel, *grid, bytes_of(params)))
+        }
     }
 }
 
