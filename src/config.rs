@@ -1,5 +1,6 @@
 //! What a world is made of, decided once: the builder refuses what can't make progress.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::error::ConfigError;
@@ -84,6 +85,64 @@ impl Default for Cuda {
     }
 }
 
+/// What carries hop 1 between processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Carrier {
+    /// RDMA where every rank of the world has a device for it, else TCP.
+    #[default]
+    Any,
+    /// TCP.
+    Tcp,
+    /// RDMA through verbs.
+    Verbs,
+}
+
+/// How the rail peers of a world of processes reach each other. A rank's own: only the carrier must be the same on all.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Network {
+    /// What carries hop 1.
+    pub carrier: Carrier,
+    /// The address of this rank that others connect to; by default the one from which it reaches the others.
+    pub interface: Option<IpAddr>,
+    /// TCP connections to each rail peer: the smaller number of the two ends counts.
+    pub connections: usize,
+    /// RDMA.
+    pub verbs: Verbs,
+}
+
+/// How RDMA devices are used.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Verbs {
+    /// Name of the device; by default the active one that is nearest to the rank's GPU, or else the rank's own by its
+    /// index on the node.
+    pub device: Option<String>,
+    /// The device's port; by default the first active one.
+    pub port: Option<u8>,
+    /// Index in the table of GIDs; by default a RoCE v2 entry with an IPv4 address, or else the best there is.
+    pub gid: Option<u8>,
+    /// Queue pairs to each rail peer.
+    pub queue_pairs: usize,
+    /// How long a packet may stay unanswered, 4.096 µs × 2^timeout, 1 to 31.
+    pub timeout: u8,
+    /// How often it is sent again, 0 to 7.
+    pub retries: u8,
+    /// Service level (InfiniBand), and traffic class (RoCE).
+    pub class: (u8, u8),
+}
+
+impl Default for Network {
+    fn default() -> Self {
+        Self { carrier: Carrier::Any, interface: None, connections: 2, verbs: Verbs::default() }
+    }
+}
+
+impl Default for Verbs {
+    fn default() -> Self {
+        // A queue pair that is never heard of fails within 8 × 1.07 s.
+        Self { device: None, port: None, gid: None, queue_pairs: 2, timeout: 18, retries: 7, class: (0, 0) }
+    }
+}
+
 /// The settled configuration of a world. All ranks must hold an equal one; its hash is in every enter record.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Config {
@@ -102,6 +161,7 @@ pub struct Config {
     pub(crate) deadline: Duration,
     pub(crate) first_index: u64,
     pub(crate) engine: EngineKind,
+    pub(crate) network: Network,
     /// What all ranks of a world must agree on, as one number: of all of the above but what is a rank's own.
     agreement: u64,
 }
@@ -126,6 +186,7 @@ impl Config {
                 deadline: Duration::from_secs(100),
                 first_index: 0,
                 engine: EngineKind::Host,
+                network: Network::default(),
                 agreement: 0,
             },
             num_experts: None,
@@ -178,6 +239,11 @@ impl Config {
         &self.engine
     }
 
+    /// How rail peers in other processes are reached.
+    pub fn network(&self) -> &Network {
+        &self.network
+    }
+
     /// The same world on another engine.
     pub fn on(self, engine: EngineKind) -> Self {
         Self { engine, ..self }
@@ -188,8 +254,8 @@ impl Config {
         self.deadline
     }
 
-    /// What all ranks of a world must agree on, as one number, the same in every build. Engine, worker budget and deadline
-    /// are a rank's own.
+    /// What all ranks of a world must agree on, as one number, the same in every build. Engine, network, worker budget and
+    /// deadline are a rank's own.
     pub(crate) fn agreement(&self) -> u64 {
         self.agreement
     }
@@ -274,6 +340,12 @@ impl ConfigBuilder {
     /// Runs the roles as kernels on CUDA devices.
     pub fn cuda(mut self, cuda: Cuda) -> Self {
         self.config.engine = EngineKind::Cuda(cuda);
+        self
+    }
+
+    /// How rail peers in other processes are reached.
+    pub fn network(mut self, network: Network) -> Self {
+        self.config.network = network;
         self
     }
 
@@ -399,6 +471,17 @@ impl ConfigBuilder {
             "the pool would exceed 2^46 bytes",
             Some(MAX_REGION as usize),
         )?;
+        let network = &c.network;
+        for (field, value, most) in [
+            ("connections", network.connections, 64),
+            ("queue_pairs", network.verbs.queue_pairs, 64),
+            ("timeout", network.verbs.timeout.into(), 31),
+        ] {
+            let ok = (1..=most).contains(&value);
+            check(ok, field, value, &format!("1 to {most}"), Some(value.clamp(1, most)))?;
+        }
+        let retries = usize::from(network.verbs.retries);
+        check(retries <= 7, "retries", retries, "0 to 7", Some(7))?;
         if let Some(experts) = self.num_experts {
             self.config.placement = ExpertPlacement::contiguous(experts, world);
         }
@@ -432,6 +515,10 @@ mod tests {
         assert_eq!(refused(|b| b.members([1, 1, 2, 3])).field, "members");
         assert_eq!(refused(|b| b.placement(ExpertPlacement::contiguous(4, 2))).field, "placement");
         assert!(refused(|b| b.deadline(Duration::ZERO)).to_string().contains("deadline"));
+        let network = |network| refused(|b| b.network(network));
+        assert_eq!(network(Network { connections: 0, ..Network::default() }).nearest, Some(1));
+        let verbs = Verbs { timeout: 32, ..Verbs::default() };
+        assert_eq!(network(Network { verbs, ..Network::default() }).nearest, Some(31));
     }
 
     #[test]

@@ -381,6 +381,8 @@ pub enum Cause {
     Proxy(String),
     /// A device has failed; how.
     Device(String),
+    /// What carries hop 1 to the rank has failed; how.
+    Rail(String),
 }
 
 /// The record of the first fault of a world. It poisons the communicator until `reset`.
@@ -407,6 +409,7 @@ impl fmt::Display for Fault {
             Cause::Departed => write!(f, "rank {} left the world", self.rank)?,
             Cause::Panicked(message) => write!(f, "a role of rank {} panicked: {message}", self.rank)?,
             Cause::Device(message) => write!(f, "the device of rank {} has failed: {message}", self.rank)?,
+            Cause::Rail(message) => write!(f, "rank {} can't be reached: {message}", self.rank)?,
             Cause::Proxy(message) => write!(f, "the proxy of rank {} has stopped: {message}", self.rank)?,
         }
         write!(f, "; seen by rank {} in {} of epoch {}", self.reporter, self.kind, self.epoch)?;

@@ -135,7 +135,7 @@ pub mod topology;
 pub mod wire;
 
 pub use api::*;
-pub use config::{Config, ConfigBuilder, Cuda, EngineKind};
+pub use config::{Carrier, Config, ConfigBuilder, Cuda, EngineKind, Network, Verbs};
 pub use error::Error;
 pub use numeric::ScaleFormat;
 pub use topology::{ExpertPlacement, Topology};

@@ -75,7 +75,7 @@ impl Home {
         port: &impl Port,
         sum: &mut [bf16],
     ) -> Progress {
-        let n = op.config.chunk_tokens.min(self.count - self.next);
+        let n = self.ring.contiguous(op.config.chunk_tokens.min(self.count - self.next));
         if n == 0 {
             return Progress::Done;
         }

@@ -102,6 +102,11 @@ impl SendRing {
         self.end.slot(self.tail.advance(ahead))
     }
 
+    /// How many of `wanted` slots from the tail on lie one behind the other: a chunk does not wrap around.
+    pub fn contiguous(&self, wanted: usize) -> usize {
+        wanted.min(self.end.slots - (self.tail.get() as usize & (self.end.slots - 1)))
+    }
+
     /// Publishes `n` slots that have been put.
     pub fn publish(&mut self, port: &impl Port, n: usize) {
         self.tail = self.tail.advance(n);

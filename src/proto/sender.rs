@@ -52,7 +52,7 @@ impl Outgoing {
 
     fn step(&mut self, op: &Op, channel: usize, port: &impl Port, encoder: &mut Encoder) -> Progress {
         let targets = op.plan.sends.targets(&op.config, channel, self.node);
-        let n = op.config.chunk_tokens.min(targets.len() - self.next);
+        let n = self.ring.contiguous(op.config.chunk_tokens.min(targets.len() - self.next));
         if n == 0 {
             return Progress::Done;
         }

@@ -15,6 +15,8 @@ pub use local::LocalRail;
 pub use null::{NullRail, WorkRequest, work};
 pub use staged::{Inbox, Outbox, Staged, StagedRail};
 
+use std::time::Instant;
+
 use crate::wire::posting::Posting;
 use crate::wire::word::Word;
 
@@ -41,6 +43,24 @@ pub trait Rail: Send {
 
     /// Whether nothing is under way: every posting has left its source.
     fn is_idle(&self) -> bool;
+}
+
+/// A rail to ranks in other processes. Threads of its own receive, and carry on with what was posted: it takes all it
+/// is given, for the protocol's credits bound what can be under way.
+pub trait NetworkRail: Rail {
+    /// Waits until all that was posted before is in its peers' memory, at most until `end`. The peers of which that is
+    /// not known by then; what is posted to a peer that is lost is gone, and nobody waits for it.
+    fn drain(&mut self, end: Instant) -> Vec<usize>;
+}
+
+/// What a rail to other processes tells the rank it serves, from its own threads.
+pub trait Listener: Send + Sync {
+    /// Index words in the rank's region have been written.
+    fn signalled(&self);
+
+    /// Nothing more comes from `peer` or goes there, and all that has come from it has been published. Said once for a
+    /// peer: with the reason where the rail has failed, without where the peer has closed its end or its process is gone.
+    fn lost(&self, peer: usize, failure: Option<RailError>);
 }
 
 impl Rail for Box<dyn Rail> {
