@@ -260,6 +260,25 @@ impl Config {
         self.agreement
     }
 
+    /// What that number is about, for people.
+    pub(crate) fn summary(&self) -> String {
+        let (topology, experts) = (self.topology, self.placement.num_experts());
+        format!(
+            "{:?} ({} x {} ranks, {experts} experts, max_hidden {}, max_topk {}, max_tokens {}, {} channels, {} ring slots, \
+             chunks of {}, hash {:016x})",
+            self.name,
+            topology.nodes(),
+            topology.ranks_per_node(),
+            self.max_hidden,
+            self.max_topk,
+            self.max_tokens,
+            self.channels,
+            self.ring_slots,
+            self.chunk_tokens,
+            self.agreement,
+        )
+    }
+
     fn hash_agreement(&self) -> u64 {
         let topology = self.topology;
         let sizes = [topology.nodes(), topology.ranks_per_node(), self.name.len(), self.members.len()];

@@ -5,6 +5,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Deserializer, Serialize};
+
 /// A configuration that can't work, refused before anything is allocated.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{field} = {value}: {reason}{}", .nearest.map_or(String::new(), |n| format!("; {n} would work")))]
@@ -123,7 +125,7 @@ pub enum DeviceError {
 }
 
 /// What an operation does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[repr(u32)]
 pub enum Kind {
     /// Counts are exchanged, no rows move.
@@ -318,7 +320,7 @@ impl fmt::Display for Started {
 }
 
 /// What a warp or a host task does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Role {
     /// Enter, counts, verdicts, arrivals of one rank.
     Receiver,
@@ -342,7 +344,7 @@ impl fmt::Display for Role {
 }
 
 /// One wait of one role: what it needs, from whom, and how far that is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Wait {
     /// The role that waits.
     pub role: Role,
@@ -368,8 +370,33 @@ impl fmt::Display for Wait {
     }
 }
 
+/// All that is awaited, by the names of index words, in the order of an operation: what is missing earlier explains what
+/// is missing later.
+pub(crate) const AWAITED: [&str; 7] =
+    ["rail record", "enter record", "gathered counts", "verdict", "credit", "tail", "arrivals"];
+
+/// A wait as another process has sent it.
+#[derive(Deserialize)]
+struct SentWait {
+    role: Role,
+    channel: Option<usize>,
+    peer: usize,
+    what: String,
+    expected: u64,
+    seen: u64,
+}
+
+impl<'de> Deserialize<'de> for Wait {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let SentWait { role, channel, peer, what, expected, seen } = SentWait::deserialize(from)?;
+        // Devices know some more.
+        let what = AWAITED.into_iter().find(|&known| known == what).unwrap_or("progress");
+        Ok(Self { role, channel, peer, what, expected, seen })
+    }
+}
+
 /// Why a communicator stopped.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Cause {
     /// A wait outlived the deadline.
     Deadline(Duration),
@@ -386,7 +413,7 @@ pub enum Cause {
 }
 
 /// The record of the first fault of a world. It poisons the communicator until `reset`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fault {
     /// The rank at the end of the chain of waits: the one to look at.
     pub rank: usize,

@@ -12,7 +12,7 @@ use loom::sync::Arc;
 use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use loom::thread;
 use railhop::error::Role;
-use railhop::fabric::doorbell::Doorbell;
+use railhop::fabric::doorbell::{Bell, Doorbell};
 use railhop::proto::{Input, Port, RecvRing, RingEnd, SendRing};
 use railhop::wire::word::Index;
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::buffer::RecvBuffer;
 use super::device::StreamRef;
+use super::group::Groups;
 use super::input::{Combine, ExpertOutputs, Routed, Tokens, TokensAt};
 use super::pending::{
     CombineKeep, CombineOperation, Combined, DispatchKeep, DispatchOperation, Dispatched, Failed, Pending,
@@ -149,6 +150,7 @@ pub struct Communicator {
     /// The caller's stream for what is started next.
     pub(super) stream: Option<RawStream>,
     pub(super) pool: Arc<Pool>,
+    pub(super) groups: Groups,
     presence: Arc<Presence>,
     engine: Arc<Engine>,
     pub(super) world: World,
@@ -165,6 +167,7 @@ impl Communicator {
             turns: [0; 2],
             stream: None,
             pool: Arc::new(Pool::new(world.map(), world.control().clone())),
+            groups: Groups::default(),
             presence: Arc::new(Presence { world: world.clone(), rank }),
             engine: engine.clone(),
             world,

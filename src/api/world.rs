@@ -1,4 +1,4 @@
-//! Worlds whose ranks are threads of one process.
+//! Worlds: of ranks that are threads of one process, and of processes.
 
 #![allow(unsafe_code)] // `with_fabric` has a contract.
 
@@ -7,11 +7,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
 use super::communicator::Communicator;
+use crate::bootstrap::Bootstrap;
 use crate::config::{Config, EngineKind};
 use crate::device::Driver;
 use crate::device::cuda::CudaDriver;
 use crate::engine::{Engine, cuda, host};
-use crate::error::Error;
+use crate::engine::host::JoinError;
+use crate::error::{ConfigError, Error};
 use crate::fabric::Fabric;
 
 /// Tells communicators of different worlds apart, so that handles and buffers can't be mixed up.
@@ -62,7 +64,7 @@ impl LocalWorld {
 
     fn of(engine: Engine) -> Self {
         let world_size = engine.world().config().topology().world_size();
-        let (engine, id) = (Arc::new(engine), NEXT_WORLD.fetch_add(1, Ordering::Relaxed));
+        let (engine, id) = (Arc::new(engine), next_world());
         Self { communicators: (0..world_size).map(|rank| Communicator::new(&engine, id, rank)).collect() }
     }
 
@@ -83,4 +85,32 @@ impl LocalWorld {
             threads.into_iter().map(|thread| thread.join().expect("a rank panicked")).collect()
         })
     }
+}
+
+/// A world whose ranks are processes, one rank each.
+///
+/// Ranks of a node share memory, without a name and gone with the last of them; hop 1 is carried by what
+/// [`ConfigBuilder::network`](crate::ConfigBuilder::network) says. A process that dies, stops, or is cut off ends the
+/// operations of all others within the deadline, with an error that names it.
+pub struct ProcessWorld;
+
+impl ProcessWorld {
+    /// Joins a world as the rank that `bootstrap` says. All ranks do so, with equal configurations; `bootstrap` is of
+    /// no more use to the world after that.
+    ///
+    /// # Errors
+    /// See [`JoinError`]. A rank that fails for itself tells the others.
+    pub fn join(bootstrap: &mut dyn Bootstrap, config: Config) -> Result<Communicator, JoinError> {
+        if let EngineKind::Cuda(_) = config.engine {
+            let reason = "ranks on devices are of one process; worlds of processes run on the host engine".into();
+            return Err(ConfigError { field: "engine", value: 0, reason, nearest: None }.into());
+        }
+        let rank = bootstrap.rank();
+        let engine = Arc::new(Engine::Host(host::Engine::join(bootstrap, config)?));
+        Ok(Communicator::new(&engine, next_world(), rank))
+    }
+}
+
+fn next_world() -> u64 {
+    NEXT_WORLD.fetch_add(1, Ordering::Relaxed)
 }

@@ -36,6 +36,11 @@ pub(super) struct Client {
 }
 
 impl Client {
+    /// This end's address, while it is connected.
+    pub fn local_address(&self) -> Option<SocketAddr> {
+        self.stream.local_addr().ok()
+    }
+
     /// Finds the store of this job at `address` and joins its world.
     pub fn join(
         address: (&str, u16),

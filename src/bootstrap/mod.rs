@@ -5,7 +5,8 @@
 //! environment, [`Callback`] by whatever the caller has, [`LocalBootstrap`] among threads.
 //!
 //! ```no_run
-//! use std::time::Duration;
+//! use std::net::IpAddr;
+use std::time::Duration;
 //! use railhop::bootstrap::{Bootstrap, Member, Store, StoreConfig};
 //!
 //! let member = Member::from_environment()?;
@@ -48,6 +49,11 @@ pub trait Bootstrap: Send {
 
     /// Number of ranks.
     fn world_size(&self) -> usize;
+
+    /// The address of this process by which it reaches the others, where that is known.
+    fn own_address(&self) -> Option<IpAddr> {
+        None
+    }
 
     /// Brings `mine`, and gives what all ranks have brought, in rank order. Lengths may differ.
     ///

@@ -253,6 +253,14 @@ impl Bootstrap for Store {
         self.world_size
     }
 
+    fn own_address(&self) -> Option<IpAddr> {
+        let address = match &self.end {
+            End::Server(_, server) => server.address().ip(),
+            End::Client(client) => client.local_address()?.ip(),
+        };
+        (!address.is_unspecified()).then_some(address)
+    }
+
     fn all_gather(&mut self, mine: &[u8], deadline: Duration) -> Result<Vec<Vec<u8>>, BootstrapError> {
         self.step(Operation::Gather, mine, deadline)
     }

@@ -4,11 +4,13 @@
 //! - [`cuda`]: kernels on devices.
 //! - [`control`], [`completion`], [`pool`]: what both have of a world: faults and resets, how operations end, memory
 //!   to lend.
+//! - [`mesh`]: the control channel between processes.
 
 pub mod completion;
 pub mod control;
 pub mod cuda;
 pub mod host;
+pub mod mesh;
 pub mod pool;
 
 use std::sync::Arc;

@@ -1,10 +1,22 @@
-//! An event count: workers that found nothing to do sleep until something is published.
+//! Event counts: workers that found nothing to do sleep until something is published.
 
 use std::time::Duration;
 
 use crate::sync::{AtomicU64, AtomicUsize, Condvar, Mutex, Ordering, fence};
 
-/// Rung after every publication. No wake-up is lost: a worker takes a ticket, looks for work, and sleeps only
+/// Wakes the threads of a process that have found nothing to do.
+pub trait Bell: Send + Sync {
+    /// What [`Bell::wait`] compares with; take it before looking for work.
+    fn ticket(&self) -> u64;
+
+    /// Wakes whoever sleeps, and makes every ticket taken so far stale.
+    fn ring(&self);
+
+    /// Sleeps until a ring after `ticket`, at most `timeout`. It may wake up early.
+    fn wait(&self, ticket: u64, timeout: Duration);
+}
+
+/// The bell of threads of one process. Rung after every publication. No wake-up is lost: a worker takes a ticket, looks for work, and sleeps only
 /// while no ring has come since the ticket.
 #[derive(Debug, Default)]
 pub struct Doorbell {
@@ -16,15 +28,13 @@ pub struct Doorbell {
     wake: Condvar,
 }
 
-impl Doorbell {
-    /// What [`Doorbell::wait`] compares with; take it before looking for work.
-    pub fn ticket(&self) -> u64 {
+impl Bell for Doorbell {
+    fn ticket(&self) -> u64 {
         // Whoever has seen a ring sees what was published before it.
         self.rings.load(Ordering::Acquire)
     }
 
-    /// Wakes whoever sleeps, and makes every ticket taken so far stale.
-    pub fn ring(&self) {
+    fn ring(&self) {
         self.rings.fetch_add(1, Ordering::Release);
         fence(Ordering::SeqCst);
         if self.sleepers.load(Ordering::Relaxed) > 0 {
@@ -33,8 +43,7 @@ impl Doorbell {
         }
     }
 
-    /// Sleeps until a ring after `ticket`, at most `timeout`.
-    pub fn wait(&self, ticket: u64, timeout: Duration) {
+    fn wait(&self, ticket: u64, timeout: Duration) {
         self.sleepers.fetch_add(1, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         let guard = self.lock.lock().unwrap_or_else(|poisoned| poisoned.into_inner());

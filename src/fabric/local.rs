@@ -5,18 +5,18 @@
 use std::sync::Arc;
 
 use super::Fabric;
-use super::doorbell::Doorbell;
-use super::memory::Region;
+use super::doorbell::Bell;
+use super::memory::Regions;
 
 /// Carries between threads of one process.
 pub struct LocalFabric {
-    regions: Arc<[Region]>,
-    doorbell: Arc<Doorbell>,
+    regions: Arc<Regions>,
+    doorbell: Arc<dyn Bell>,
 }
 
 impl LocalFabric {
     /// A fabric between `regions`, one per rank, that rings `doorbell`.
-    pub fn new(regions: Arc<[Region]>, doorbell: Arc<Doorbell>) -> Self {
+    pub fn new(regions: Arc<Regions>, doorbell: Arc<dyn Bell>) -> Self {
         Self { regions, doorbell }
     }
 }

@@ -3,10 +3,12 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::ops::Index;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
+use super::mapped::Mapped;
 use crate::numeric::copy;
 
 /// Bytes from which a copy bypasses the cache: it is a row that another core reads later.
@@ -28,6 +30,21 @@ impl Region {
         // Rows are spread over the region: huge pages spare most of the TLB misses. Refusal costs speed only.
         let _ = map.advise(Advice::HugePage);
         Ok(Self { map })
+    }
+
+    /// Maps memory that other processes map too.
+    pub(super) fn of(map: MmapRaw) -> Self {
+        Self { map }
+    }
+
+    /// The same memory, for what reaches it by its address.
+    ///
+    /// # Safety
+    /// The region outlives the result and its copies.
+    pub unsafe fn mapped(&self) -> Mapped {
+        // SAFETY: mapped and zero-initialised, as long as the contract asks; words are accessed as atomics only, and
+        // references to the rest are given out by those who answer for races.
+        unsafe { Mapped::new(self.map.as_mut_ptr(), self.map.len()) }
     }
 
     /// Bytes mapped.
@@ -77,6 +94,25 @@ impl Region {
     pub fn publish(&self, offset: usize, value: u64) {
         copy::fence();
         self.word(offset).store(value, Ordering::Release);
+    }
+}
+
+/// The regions of a world that this process reaches, by rank: all of an in-process world; of a world of processes its
+/// own and those of its node.
+#[derive(Debug)]
+pub struct Regions(Box<[Option<Region>]>);
+
+impl FromIterator<Option<Region>> for Regions {
+    fn from_iter<I: IntoIterator<Item = Option<Region>>>(regions: I) -> Self {
+        Self(regions.into_iter().collect())
+    }
+}
+
+impl Index<usize> for Regions {
+    type Output = Region;
+
+    fn index(&self, rank: usize) -> &Region {
+        self.0[rank].as_ref().unwrap_or_else(|| panic!("the region of rank {rank} is in another node"))
     }
 }
 

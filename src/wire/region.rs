@@ -133,6 +133,18 @@ pub struct RegionMap {
     pub memory: Memory,
 }
 
+/// What of a lane lies at an offset.
+enum Part {
+    /// The word of this index.
+    Word(usize),
+    Record,
+    /// In the ring of a channel, so far from its first slot.
+    Ring {
+        channel: usize,
+        within: usize,
+    },
+}
+
 #[derive(Debug, Clone, Copy, Default)]
 struct LaneMap {
     words: usize,
@@ -263,6 +275,64 @@ impl RegionMap {
         self.lanes[lane as usize].max_pitch
     }
 
+    /// Number of streams: what rail peers write comes in so many independent orders.
+    pub fn streams(&self) -> usize {
+        LANES.len() * (1 + self.channels)
+    }
+
+    /// The stream of what rail peers write at `offset`, words included: puts and signals of one stream stay in order. A
+    /// lane's records are one, the ring of each of its channels is another, so each has one role at a time as its
+    /// writer.
+    pub fn stream(&self, offset: usize) -> usize {
+        let (lane, part) = self.find(offset);
+        let channel = match part {
+            Part::Word(index) => self.ring_channel(index),
+            Part::Ring { channel, .. } => Some(channel),
+            Part::Record => None,
+        };
+        lane * (1 + self.channels) + channel.map_or(0, |channel| 1 + channel)
+    }
+
+    /// Where, in a mirror of the region, a rank on node `own` keeps what it puts at `offset` of its rail peer on `to`:
+    /// every peer has places of its own there, as it has in the region as a sender.
+    pub fn staged(&self, offset: usize, own: usize, to: usize) -> usize {
+        let (lane, part) = self.find(offset);
+        match part {
+            Part::Ring { channel, within } => self.ring(LANES[lane], channel, to, own) + within,
+            // Records of one kind lie at equal distances, by node.
+            _ if offset < self.lanes[lane].verdict => {
+                offset + to * self.rail_stride() - own * self.rail_stride()
+            }
+            _ => offset + to * self.verdict_stride() - own * self.verdict_stride(),
+        }
+    }
+
+    /// The lane and the part that `offset` is in.
+    fn find(&self, offset: usize) -> (usize, Part) {
+        let [first, second] = &self.lanes;
+        let lane = usize::from(match offset < first.rings {
+            true => offset >= second.words,
+            false => offset >= second.rings,
+        });
+        let lanes = &self.lanes[lane];
+        let part = if offset < lanes.enter {
+            Part::Word((offset - lanes.words) / LINE)
+        } else if offset < first.rings {
+            Part::Record
+        } else {
+            let ring = self.slots * lanes.max_pitch;
+            let index = (offset - lanes.rings) / ring;
+            Part::Ring { channel: index / (self.nodes - 1), within: (offset - lanes.rings) % ring }
+        };
+        (lane, part)
+    }
+
+    /// The channel whose ring the `index`th word of a lane belongs to.
+    fn ring_channel(&self, index: usize) -> Option<usize> {
+        let first = 2 * self.ranks_per_node + 2 * self.nodes + self.channels * self.ranks_per_node;
+        Some(index.checked_sub(first)? / self.nodes % self.channels)
+    }
+
     /// Bytes from one node's rail record (and counts) to the next's.
     pub fn rail_bytes(&self) -> usize {
         self.rail_stride()
@@ -329,6 +399,49 @@ mod tests {
             assert!(taken.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0));
             let (start, bytes) = *taken.last().unwrap();
             assert!(start + bytes <= map.memory.region);
+        }
+    }
+
+    #[test]
+    fn every_stream_is_one_writers() {
+        let map = RegionMap::new(&config(3, 2));
+        let streams = |lane: Lane| {
+            let first = lane as usize * 4;
+            for node in 0..3 {
+                let words = [WordId::Rail { node }, WordId::Verdict { node }];
+                words.iter().for_each(|&id| assert_eq!(map.stream(map.word(lane, id)), first));
+                let records = [map.rail(lane, 1, node), map.verdict(lane, 0, node)];
+                records.iter().for_each(|&at| assert_eq!(map.stream(at), first));
+                for channel in 0..3 {
+                    let words = [WordId::Tail { channel, node }, WordId::Head { channel, node }];
+                    words
+                        .iter()
+                        .for_each(|&id| assert_eq!(map.stream(map.word(lane, id)), first + 1 + channel));
+                    let slot = map.ring(lane, channel, node, (node + 1) % 3) + map.max_pitch(lane);
+                    assert_eq!(map.stream(slot), first + 1 + channel);
+                }
+            }
+        };
+        LANES.into_iter().for_each(streams);
+        assert_eq!(map.streams(), 8);
+    }
+
+    #[test]
+    fn what_is_put_at_every_peer_is_kept_apart() {
+        let map = RegionMap::new(&config(3, 2));
+        for (lane, own) in LANES.into_iter().flat_map(|lane| (0..3).map(move |own| (lane, own))) {
+            for to in (0..3).filter(|&to| to != own) {
+                for parity in 0..2 {
+                    assert_eq!(map.staged(map.rail(lane, parity, own), own, to), map.rail(lane, parity, to));
+                    let verdict = map.verdict(lane, parity, own);
+                    assert_eq!(map.staged(verdict, own, to), map.verdict(lane, parity, to));
+                }
+                for channel in 0..3 {
+                    let slot = map.ring(lane, channel, own, to) + 3 * map.max_pitch(lane) + 16;
+                    let kept = map.ring(lane, channel, to, own) + 3 * map.max_pitch(lane) + 16;
+                    assert_eq!(map.staged(slot, own, to), kept);
+                }
+            }
         }
     }
 

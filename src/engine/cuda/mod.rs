@@ -156,7 +156,7 @@ fn check(cuda: &Cuda) -> Result<(), ConfigError> {
 impl World {
     /// `rank` is gone: whoever still waits for it gets a fault.
     pub fn depart(&self, rank: usize) {
-        self.control.depart(rank);
+        self.control.leave(rank);
         self.wake_monitor();
     }
 

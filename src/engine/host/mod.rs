@@ -4,29 +4,33 @@
 //! Nobody spins: ranks may outnumber cores many times, and ranks without an operation cost nothing.
 
 mod port;
+mod process;
 mod run;
 mod watch;
 
 pub use port::{CallerBuffers, HostPort};
+pub use process::JoinError;
 pub use run::Run;
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::completion::lock;
 use super::control::Control;
+use super::mesh::{Host, MeshThread, Waits};
 use crate::config::Config;
 use crate::error::{Cause, ConfigError, Error, Fault, Wait, panic_message};
 use crate::fabric::Fabric;
-use crate::fabric::doorbell::Doorbell;
+use crate::fabric::doorbell::{Bell, Doorbell};
 use crate::fabric::local::LocalFabric;
-use crate::fabric::memory::Region;
+use crate::fabric::memory::{Region, Regions};
+use crate::fabric::rail::{Listener, RailError};
 use crate::proto::{Progress, Step};
-use crate::wire::region::{LANES, RegionMap};
+use crate::wire::region::{LANES, Lane, RegionMap};
 use run::Slot;
 
 /// Passes without progress before a worker sleeps; it yields in between, for another worker's step may end.
@@ -35,18 +39,21 @@ const IDLE_PASSES: u32 = 4;
 /// The longest sleep while operations are in flight: how late an expired deadline may be noticed.
 const WATCH_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Everything the ranks of an in-process world share.
+/// How long a rank that leaves waits for what it has sent to arrive.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// Everything the ranks of a process share.
 pub struct World {
     /// The configuration, equal on all ranks.
     pub config: Arc<Config>,
     /// The map of every region.
     pub map: Arc<RegionMap>,
-    /// One region per rank.
-    pub regions: Arc<[Region]>,
+    /// Those that this process reaches.
+    pub regions: Arc<Regions>,
     /// The control channel.
     pub control: Arc<Control>,
     fabric: Arc<dyn Fabric>,
-    doorbell: Arc<Doorbell>,
+    doorbell: Arc<dyn Bell>,
     /// Runs whose tasks are stepped, in the order they were submitted.
     active: Mutex<Vec<Arc<Run>>>,
     /// Raised with every change of `active`: workers keep a copy.
@@ -61,6 +68,36 @@ pub struct World {
 pub struct Engine {
     world: Arc<World>,
     workers: Vec<JoinHandle<()>>,
+    /// Where some ranks are in other processes.
+    mesh: Option<MeshThread>,
+}
+
+/// What a world is made of.
+pub struct Parts {
+    /// The configuration, equal on all ranks.
+    pub config: Arc<Config>,
+    /// The map of every region.
+    pub map: Arc<RegionMap>,
+    /// Those that this process reaches.
+    pub regions: Arc<Regions>,
+    /// The control channel.
+    pub control: Arc<Control>,
+    /// Wakes the workers.
+    pub doorbell: Arc<dyn Bell>,
+}
+
+impl Parts {
+    /// Those of a world in one process, without its regions.
+    fn here(config: Config, regions: Regions) -> Self {
+        let world_size = config.topology().world_size();
+        Self {
+            map: Arc::new(RegionMap::new(&config)),
+            config: Arc::new(config),
+            regions: Arc::new(regions),
+            control: Arc::new(Control::new(world_size)),
+            doorbell: Arc::new(Doorbell::default()),
+        }
+    }
 }
 
 impl Engine {
@@ -73,30 +110,35 @@ impl Engine {
         config: Config,
         wrap: impl FnOnce(Arc<dyn Fabric>) -> Arc<dyn Fabric>,
     ) -> Result<Self, ConfigError> {
-        let map = Arc::new(RegionMap::new(&config));
-        let world_size = config.topology().world_size();
-        let bytes = map.memory.region;
+        let bytes = RegionMap::new(&config).memory.region;
         let region =
             |_| Region::new(bytes).map_err(|error| ConfigError::refused("region bytes", bytes, error));
-        let regions = (0..world_size).map(region).collect::<Result<Arc<[_]>, _>>()?;
-        let doorbell = Arc::new(Doorbell::default());
-        let world = Arc::new(World {
-            fabric: wrap(Arc::new(LocalFabric::new(regions.clone(), doorbell.clone()))),
-            control: Arc::new(Control::new(world_size)),
-            config: Arc::new(config),
-            map,
-            regions,
-            doorbell,
-            active: Mutex::default(),
-            version: AtomicU64::new(1),
-            lanes: (0..world_size * LANES.len()).map(|_| Mutex::default()).collect(),
-            started: Instant::now(),
-            stop: AtomicBool::new(false),
-        });
-        let mut engine = Self { world: world.clone(), workers: Vec::new() };
-        for index in 0..world.config.worker_budget() {
+        let regions = (0..config.topology().world_size()).map(|rank| region(rank).map(Some));
+        let regions = regions.collect::<Result<_, _>>()?;
+        let parts = Parts::here(config, regions);
+        let local = LocalFabric::new(parts.regions.clone(), parts.doorbell.clone());
+        let workers = parts.config.worker_budget();
+        Self::start(Arc::new(World::new(parts, |_| wrap(Arc::new(local)))), workers)
+    }
+
+    /// Starts so many workers on `world`.
+    ///
+    /// # Errors
+    /// The system refuses a thread.
+    pub fn start(world: Arc<World>, workers: usize) -> Result<Self, ConfigError> {
+        let mut engine = Self { world: world.clone(), workers: Vec::new(), mesh: None };
+        if let Some(mesh) = world.control.mesh() {
+            let host: Weak<dyn Host> = Arc::downgrade(&(world.clone() as Arc<dyn Host>));
+            let thread = MeshThread::spawn(mesh.clone(), host);
+            engine.mesh =
+                Some(thread.map_err(|error| ConfigError::refused("mesh", mesh.world_size(), error))?);
+        }
+        for index in 0..workers {
             let (world, name) = (world.clone(), format!("railhop-{index}"));
-            let worker = thread::Builder::new().name(name).spawn(move || Worker::new(&world, index).work());
+            let work = move || {
+                Worker { world: &world, first: (index, workers), version: 0, runs: Vec::new() }.work()
+            };
+            let worker = thread::Builder::new().name(name).spawn(work);
             engine.workers.push(worker.map_err(|error| ConfigError::refused("worker_budget", index, error))?);
         }
         Ok(engine)
@@ -115,6 +157,8 @@ impl Drop for Engine {
         for worker in self.workers.drain(..) {
             let _ = worker.join();
         }
+        self.world.leave_fabric();
+        self.mesh = None;
         // Breaks the cycle of a run that is never taken: its buffers hold the world.
         lock(&self.world.active).clear();
         self.world.lanes.iter().for_each(|lane| lock(lane).clear());
@@ -122,6 +166,26 @@ impl Drop for Engine {
 }
 
 impl World {
+    /// A world of these parts. `fabric` makes what carries its puts and signals, which tells the world what it hears.
+    pub fn new(parts: Parts, fabric: impl FnOnce(Arc<dyn Listener>) -> Arc<dyn Fabric>) -> Self {
+        let Parts { config, map, regions, control, doorbell } = parts;
+        let world_size = config.topology().world_size();
+        let ears = Ears { control: control.clone(), doorbell: doorbell.clone() };
+        Self {
+            fabric: fabric(Arc::new(ears)),
+            config,
+            map,
+            regions,
+            control,
+            doorbell,
+            active: Mutex::default(),
+            version: AtomicU64::new(1),
+            lanes: (0..world_size * LANES.len()).map(|_| Mutex::default()).collect(),
+            started: Instant::now(),
+            stop: AtomicBool::new(false),
+        }
+    }
+
     fn lane(&self, run: &Run) -> &Mutex<VecDeque<Arc<Run>>> {
         &self.lanes[run.rank * LANES.len() + run.op.lane() as usize]
     }
@@ -171,8 +235,18 @@ impl World {
 
     /// `rank` is gone: whoever still waits for it gets a fault.
     pub fn depart(&self, rank: usize) {
-        self.control.depart(rank);
+        self.control.leave(rank);
         self.doorbell.ring();
+    }
+
+    /// What was sent arrives before this rank is gone, unless something is amiss anyway.
+    fn leave_fabric(&self) {
+        if self.control.fault().is_none() {
+            let late = self.fabric.drain(Instant::now() + FAREWELL.min(self.config.deadline));
+            if !late.is_empty() {
+                tracing::warn!(ranks = ?late, "left before these ranks were known to have everything");
+            }
+        }
     }
 
     /// Collective: ends the rank's runs, meets all ranks, raises the generation.
@@ -184,7 +258,13 @@ impl World {
         while !self.is_idle(rank) {
             thread::sleep(Duration::from_millis(1));
         }
-        self.control.reset(rank, self.config.deadline)
+        // Nothing of this generation may arrive in the next.
+        let (started, deadline) = (Instant::now(), self.config.deadline);
+        let missing = self.fabric.drain(started + deadline);
+        if !missing.is_empty() {
+            return Err(Error::ResetIncomplete { missing, after: started.elapsed() });
+        }
+        self.control.reset(rank, deadline)
     }
 
     fn micros(&self) -> u64 {
@@ -197,18 +277,52 @@ impl World {
     }
 }
 
+impl Host for World {
+    fn adopt(&self, fault: &Fault, generation: u16) {
+        self.control.adopt(fault, generation);
+        self.doorbell.ring();
+    }
+
+    fn closed(&self, rank: usize) {
+        self.control.close(rank);
+        self.doorbell.ring();
+    }
+
+    fn waits(&self, lane: Lane) -> Waits {
+        let active = lock(&self.active).clone();
+        active.iter().filter(|run| run.op.lane() == lane).flat_map(|run| watch::waits(run)).collect()
+    }
+}
+
+/// What a rail tells this process's rank.
+struct Ears {
+    control: Arc<Control>,
+    doorbell: Arc<dyn Bell>,
+}
+
+impl Listener for Ears {
+    fn signalled(&self) {
+        self.doorbell.ring();
+    }
+
+    fn lost(&self, peer: usize, failure: Option<RailError>) {
+        match failure {
+            Some(error) => self.control.fail(peer, error.to_string()),
+            None => self.control.close(peer),
+        }
+        self.doorbell.ring();
+    }
+}
+
 struct Worker<'a> {
     world: &'a World,
-    index: usize,
+    /// Its index, of how many.
+    first: (usize, usize),
     version: u64,
     runs: Vec<Arc<Run>>,
 }
 
-impl<'a> Worker<'a> {
-    fn new(world: &'a World, index: usize) -> Self {
-        Self { world, index, version: 0, runs: Vec::new() }
-    }
-
+impl Worker<'_> {
     fn work(&mut self) {
         let mut idle = 0;
         loop {
@@ -218,7 +332,9 @@ impl<'a> Worker<'a> {
                 return;
             }
             self.refresh();
-            if self.pass() {
+            let moved = self.pass();
+            self.world.fabric.flush();
+            if moved {
                 idle = 0;
             } else if idle < IDLE_PASSES {
                 idle += 1;
@@ -242,7 +358,8 @@ impl<'a> Worker<'a> {
     fn pass(&self) -> bool {
         let (now, micros) = (Instant::now(), self.world.micros());
         // Workers start at different ranks, so as not to meet at the same tasks.
-        let first = self.index * self.runs.len() / self.world.config.worker_budget();
+        let (index, workers) = self.first;
+        let first = index * self.runs.len() / workers;
         let (tail, head) = self.runs.split_at(first);
         let mut moved = false;
         for run in head.iter().chain(tail) {
@@ -306,7 +423,7 @@ impl<'a> Worker<'a> {
         }));
         match stepped {
             Ok(Ok(progress)) => Ok(progress),
-            Ok(Err(wait)) => Err(watch::fault(run, wait, Cause::Departed)),
+            Ok(Err(wait)) => Err(watch::fault(run, wait, self.world.control.why_departed(wait.peer))),
             Err(panic) => {
                 let (rank, started) = (run.rank, run.op.started());
                 let (kind, epoch, cause) =
@@ -338,8 +455,8 @@ mod tests {
             let config = Config::builder(topology).experts(8).pool_bytes(12345).build().unwrap();
             let memory = config.memory();
             let engine = Engine::new(config, |fabric| fabric).unwrap();
-            let mapped: Vec<_> = engine.world().regions.iter().map(Region::bytes).collect();
-            assert_eq!(mapped, vec![memory.region; topology.world_size()]);
+            let regions = &engine.world().regions;
+            assert!((0..topology.world_size()).all(|rank| regions[rank].bytes() == memory.region));
         }
     }
 }

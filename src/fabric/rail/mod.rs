@@ -117,3 +117,12 @@ pub enum RailError {
         reason: String,
     },
 }
+
+impl RailError {
+    /// The peer that is no longer reached.
+    pub fn peer(&self) -> usize {
+        match self {
+            Self::OutOfRange { peer, .. } | Self::Broken { peer, .. } => *peer,
+        }
+    }
+}

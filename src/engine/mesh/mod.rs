@@ -1,0 +1,271 @@
+//! The control channel between processes: every rank has a connection to every other, on which faults, departures,
+//! questions and meetings travel. Nothing here is fast, and nothing here waits for a rank that does not answer.
+
+mod link;
+mod meeting;
+mod thread;
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, TcpStream};
+use std::os::fd::OwnedFd;
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, eventfd};
+use serde::{Deserialize, Serialize};
+
+use super::completion::lock;
+use crate::error::{Error, Fault, Wait};
+use crate::wire::region::Lane;
+use link::Link;
+use meeting::Meeting;
+
+pub use thread::{Host, MeshThread};
+
+/// Waits of a rank, and since when.
+pub type Waits = Vec<(Instant, Wait)>;
+
+/// What ranks tell each other.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+enum Message {
+    /// A fault poisons the world.
+    Fault { generation: u16, fault: Fault },
+    /// The rank leaves; nothing follows.
+    Bye,
+    /// What does your operation on this lane wait for?
+    Ask { id: u64, lane: u8 },
+    /// For so many microseconds, for this.
+    Answer { id: u64, waits: Vec<(u64, Wait)> },
+    /// To rank 0: the rank has come to a reset.
+    Arrived { attempt: u64, generation: u16, gone: Vec<usize>, deadline: Duration },
+    /// From rank 0: all have, or these have not within so long.
+    Met { attempt: u64, missing: Vec<usize>, after: Duration },
+    /// What the rank brings to a gather among some of the ranks.
+    Bring { gather: Gather, bytes: Vec<u8> },
+}
+
+/// Which gather: of which group of ranks, and its number there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Gather {
+    /// Hash of the group.
+    pub group: u64,
+    /// How many there were before it.
+    pub step: u64,
+}
+
+/// A rank's connections to all others.
+pub struct Mesh {
+    rank: usize,
+    /// By rank; none for itself.
+    links: Vec<Option<Link>>,
+    /// Wakes the thread.
+    wake: OwnedFd,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    questions: u64,
+    /// By question and rank asked: what has been answered.
+    answers: HashMap<(u64, usize), Waits>,
+    /// Resets this rank has come to, and what the last of them came to.
+    attempts: u64,
+    met: Option<Met>,
+    /// By gather and rank: what was brought.
+    brought: HashMap<(Gather, usize), Vec<u8>>,
+    closed: Vec<bool>,
+    /// At rank 0.
+    meeting: Meeting,
+}
+
+struct Met {
+    attempt: u64,
+    missing: Vec<usize>,
+    after: Duration,
+}
+
+impl Mesh {
+    /// The mesh of `rank` over `links`, by rank.
+    ///
+    /// # Errors
+    /// The system refuses a descriptor.
+    pub fn new(rank: usize, links: Vec<Option<TcpStream>>) -> io::Result<Self> {
+        let closed = vec![false; links.len()];
+        let links =
+            links.into_iter().map(|link| link.map(Link::new).transpose()).collect::<Result<_, _>>()?;
+        Ok(Self {
+            rank,
+            links,
+            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            state: Mutex::new(State { closed, ..State::default() }),
+            changed: Condvar::new(),
+        })
+    }
+
+    /// Number of ranks.
+    pub fn world_size(&self) -> usize {
+        self.links.len()
+    }
+
+    /// This rank's address on the first connection there is.
+    pub fn own_address(&self) -> Option<IpAddr> {
+        self.links.iter().flatten().find_map(Link::own_address)
+    }
+
+    /// Tells all ranks of a fault.
+    pub fn tell_fault(&self, generation: u16, fault: Fault) {
+        self.tell_all(&Message::Fault { generation, fault });
+    }
+
+    /// Tells all ranks that this one leaves.
+    pub fn leave(&self) {
+        self.tell_all(&Message::Bye);
+    }
+
+    /// What the operations of `ranks` on `lane` wait for; none of those that have not answered by `end`.
+    pub fn ask(&self, ranks: &[usize], lane: Lane, end: Instant) -> Vec<Option<Waits>> {
+        let mut state = lock(&self.state);
+        state.questions += 1;
+        let id = state.questions;
+        drop(state);
+        ranks.iter().for_each(|&rank| self.tell(rank, &Message::Ask { id, lane: lane as u8 }));
+        let mut state = self.wait_until(end, |state| {
+            ranks.iter().all(|&rank| state.closed[rank] || state.answers.contains_key(&(id, rank)))
+        });
+        let answers = ranks.iter().map(|&rank| state.answers.remove(&(id, rank))).collect();
+        // What comes later is for nobody.
+        state.answers.retain(|(question, _), _| *question > id);
+        answers
+    }
+
+    /// Meets all ranks at a reset; `gone` are those that can't come.
+    pub fn meet(&self, generation: u16, gone: Vec<usize>, deadline: Duration) -> Result<(), Error> {
+        let started = Instant::now();
+        let mut state = lock(&self.state);
+        state.attempts += 1;
+        let attempt = state.attempts;
+        drop(state);
+        self.tell(0, &Message::Arrived { attempt, generation, gone, deadline });
+        let is_over = |state: &State| state.met.as_ref().is_some_and(|met| met.attempt == attempt);
+        // Rank 0 decides, and is given a little longer to say so.
+        let state =
+            self.wait_until(started + deadline + meeting::GRACE, |state| is_over(state) || state.closed[0]);
+        match &state.met {
+            Some(met) if met.attempt == attempt && met.missing.is_empty() => Ok(()),
+            Some(Met { missing, after, .. }) if is_over(&state) => {
+                Err(Error::ResetIncomplete { missing: missing.clone(), after: *after })
+            }
+            _ => Err(Error::ResetIncomplete { missing: vec![0], after: started.elapsed() }),
+        }
+    }
+
+    /// Brings `mine` to a gather of `ranks`; what each has brought, or else the ranks that have not.
+    pub fn gather(
+        &self,
+        gather: Gather,
+        ranks: &[usize],
+        mine: &[u8],
+        end: Instant,
+    ) -> Result<Vec<Vec<u8>>, Absent> {
+        for &rank in ranks {
+            self.tell(rank, &Message::Bring { gather, bytes: mine.to_vec() });
+        }
+        let has = |state: &State, rank| state.brought.contains_key(&(gather, rank));
+        let mut state = self.wait_until(end, |state| {
+            let lost = ranks.iter().any(|&rank| state.closed[rank] && !has(state, rank));
+            lost || ranks.iter().all(|&rank| has(state, rank))
+        });
+        let missing: Vec<usize> = ranks.iter().copied().filter(|&rank| !has(&state, rank)).collect();
+        if !missing.is_empty() {
+            let lost = missing.iter().copied().find(|&rank| state.closed[rank]);
+            return Err(lost.map_or(Absent::Late(missing), Absent::Lost));
+        }
+        Ok(ranks.iter().filter_map(|&rank| state.brought.remove(&(gather, rank))).collect())
+    }
+
+    fn wait_until(&self, end: Instant, done: impl Fn(&State) -> bool) -> MutexGuard<'_, State> {
+        let mut state = lock(&self.state);
+        while !done(&state) {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            let waited = self.changed.wait_timeout(state, left);
+            (state, _) = waited.unwrap_or_else(|poisoned| poisoned.into_inner());
+        }
+        state
+    }
+
+    fn tell_all(&self, message: &Message) {
+        (0..self.links.len()).filter(|&rank| rank != self.rank).for_each(|rank| self.tell(rank, message));
+    }
+
+    /// Sends to one rank, or to itself. What does not go at once is the thread's.
+    fn tell(&self, rank: usize, message: &Message) {
+        match &self.links[rank] {
+            Some(link) if link.send(message) => {}
+            Some(_) => self.wake(),
+            None => self.note(rank, message.clone()),
+        }
+    }
+
+    /// Wakes the thread.
+    fn wake(&self) {
+        // It fails where the thread is awake already.
+        let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+    }
+
+    /// Takes note of what `rank` says, where somebody here may wait for it.
+    fn note(&self, rank: usize, message: Message) {
+        let mut state = lock(&self.state);
+        match message {
+            Message::Answer { id, waits } => {
+                let now = Instant::now();
+                let since = |micros| now.checked_sub(Duration::from_micros(micros)).unwrap_or(now);
+                let waits = waits.into_iter().map(|(micros, wait)| (since(micros), wait)).collect();
+                state.answers.insert((id, rank), waits);
+            }
+            Message::Met { attempt, missing, after } => state.met = Some(Met { attempt, missing, after }),
+            Message::Bring { gather, bytes } => {
+                state.brought.insert((gather, rank), bytes);
+            }
+            Message::Arrived { attempt, generation, gone, deadline } => {
+                let world = self.links.len();
+                state.meeting.arrive(world, rank, meeting::Arrival { attempt, generation, deadline }, gone);
+                drop(state);
+                if self.hold_meeting().is_some() {
+                    // The thread sleeps until then.
+                    self.wake();
+                }
+                return;
+            }
+            Message::Fault { .. } | Message::Bye | Message::Ask { .. } => {}
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// At rank 0: ends the meeting if it is time. When it is next to be looked at.
+    fn hold_meeting(&self) -> Option<Instant> {
+        let mut state = lock(&self.state);
+        let closed = state.closed.clone();
+        let ended = state.meeting.end(&closed);
+        let next = state.meeting.deadline();
+        drop(state);
+        for (rank, met) in ended {
+            self.tell(rank, &met);
+        }
+        next
+    }
+}
+
+/// Why a gather failed.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Absent {
+    /// These have not come.
+    Late(Vec<usize>),
+    /// This one is gone.
+    Lost(usize),
+}
