@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::ptr::{self, NonNull};
+use std::slice;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use bytemuck::{Pod, cast_slice, pod_read_unaligned};
@@ -86,6 +87,26 @@ impl Mapped {
 
     fn has<T>(&self, offset: usize) -> bool {
         self.holds(offset, size_of::<T>()) && offset.is_multiple_of(align_of::<T>())
+    }
+
+    /// The bytes at `offset`.
+    ///
+    /// # Safety
+    /// The range is held. As long as the slice is used the memory stays mapped, and nobody writes these bytes.
+    pub unsafe fn slice<'a>(&self, offset: usize, bytes: usize) -> &'a [u8] {
+        debug_assert!(self.holds(offset, bytes));
+        // SAFETY: in bounds, mapped and undisturbed by contract; initialised by the contract of `new`.
+        unsafe { slice::from_raw_parts(self.base.as_ptr().add(offset), bytes) }
+    }
+
+    /// The bytes at `offset`, to be written.
+    ///
+    /// # Safety
+    /// As [`Mapped::slice`], and nobody reads these bytes either.
+    pub unsafe fn slice_mut<'a>(&self, offset: usize, bytes: usize) -> &'a mut [u8] {
+        debug_assert!(self.holds(offset, bytes));
+        // SAFETY: as in `slice`; exclusive by contract.
+        unsafe { slice::from_raw_parts_mut(self.base.as_ptr().add(offset), bytes) }
     }
 
     /// Copies `bytes` bytes at `offset` to `target` of `to`.
