@@ -25,10 +25,10 @@ use bytemuck::{Pod, Zeroable, bytes_of, cast_slice};
 use common::shim::cuda_folder;
 use common::{BF16, Case, LIMIT, Ranks, config, cuda_world, small_kernels, within};
 use cudarc::driver::sys;
-use railhop::device::cuda::descriptor::{recv_fd, send_fd};
 use railhop::device::cuda::{self, CudaDriver, ExportedMemory, FabricMemory, ImportedMemory};
 use railhop::device::{Driver, Event, Grid, Kernel, Memory, Place, RawMemory, Stream};
 use railhop::error::{DeviceError, Error, Reason};
+use railhop::fabric::descriptor::{recv_fd, send_fd};
 use railhop::{Config, EngineKind, LocalWorld, Routing};
 use rows::{GRID, HIDDEN, MisplacedOrder, Rows, holding};
 

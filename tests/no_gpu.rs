@@ -65,7 +65,7 @@ mod descriptors {
     use std::thread;
     use std::time::{Duration, Instant};
 
-    use railhop::device::cuda::descriptor::{recv_fd, send_fd};
+    use railhop::fabric::descriptor::{recv_fd, send_fd};
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_secs(10)

@@ -7,12 +7,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
 use super::communicator::Communicator;
-use crate::bootstrap::Bootstrap;
+use crate::bootstrap::{Bootstrap, LocalBootstrap};
 use crate::config::{Config, EngineKind};
 use crate::device::Driver;
 use crate::device::cuda::CudaDriver;
-use crate::engine::{Engine, cuda, host};
 use crate::engine::host::JoinError;
+use crate::engine::{Engine, cuda, host};
 use crate::error::{ConfigError, Error};
 use crate::fabric::Fabric;
 
@@ -62,6 +62,21 @@ impl LocalWorld {
         Ok(Self::of(Engine::Cuda(cuda::Engine::new(config, drivers)?)))
     }
 
+    /// As [`LocalWorld::new`], but every rank has an engine of its own and reaches the others as it would reach other
+    /// processes: to try out and to test, without any, what [`ProcessWorld`] does.
+    ///
+    /// # Errors
+    /// See [`JoinError`].
+    pub fn apart(config: Config) -> Result<Self, JoinError> {
+        let ranks = LocalBootstrap::world(config.topology().world_size());
+        let join = |mut rank: LocalBootstrap| ProcessWorld::join(&mut rank, config.clone());
+        let communicators: Result<_, _> = thread::scope(|scope| {
+            let ranks: Vec<_> = ranks.into_iter().map(|rank| scope.spawn(|| join(rank))).collect();
+            ranks.into_iter().map(|rank| rank.join().expect("a rank panicked")).collect()
+        });
+        Ok(Self { communicators: communicators? })
+    }
+
     fn of(engine: Engine) -> Self {
         let world_size = engine.world().config().topology().world_size();
         let (engine, id) = (Arc::new(engine), next_world());
@@ -102,7 +117,8 @@ impl ProcessWorld {
     /// See [`JoinError`]. A rank that fails for itself tells the others.
     pub fn join(bootstrap: &mut dyn Bootstrap, config: Config) -> Result<Communicator, JoinError> {
         if let EngineKind::Cuda(_) = config.engine {
-            let reason = "ranks on devices are of one process; worlds of processes run on the host engine".into();
+            let reason =
+                "ranks on devices are of one process; worlds of processes run on the host engine".into();
             return Err(ConfigError { field: "engine", value: 0, reason, nearest: None }.into());
         }
         let rank = bootstrap.rank();

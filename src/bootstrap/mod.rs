@@ -5,8 +5,7 @@
 //! environment, [`Callback`] by whatever the caller has, [`LocalBootstrap`] among threads.
 //!
 //! ```no_run
-//! use std::net::IpAddr;
-use std::time::Duration;
+//! use std::time::Duration;
 //! use railhop::bootstrap::{Bootstrap, Member, Store, StoreConfig};
 //!
 //! let member = Member::from_environment()?;
@@ -31,6 +30,7 @@ mod local;
 mod server;
 mod store;
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 pub use callback::Callback;

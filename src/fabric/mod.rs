@@ -2,13 +2,15 @@
 //!
 //! - [`memory`]: one mapped region per rank.
 //! - [`local`]: ranks are threads of one process.
-//! - [`process`]: ranks are processes: [`shm`] within a node, a network rail between nodes; [`connect`] is how they meet.
+//! - [`process`]: ranks are processes: [`shm`] within a node, a network rail between nodes; [`connect`] is how they meet,
+//!   [`descriptor`] how memory gets from one to another.
 //! - [`doorbell`]: how a fabric wakes the engine.
 //! - [`rail`]: what carries the puts and signals of ranks on a device, over [`mapped`] memory.
 //! - [`proxy`]: drains the queue of commands that such a rank's kernels fill, into its rail.
 //! - [`sim`]: a seeded simulator with delay, reordering and loss, for tests.
 
 pub mod connect;
+pub mod descriptor;
 pub mod doorbell;
 pub mod local;
 pub mod mapped;

@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{Ordering, fence};
 use std::time::Duration;
 
-use memmap2::{Advice, MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapOptions};
 use rustix::event::Timespec;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
 use rustix::thread::futex;
@@ -82,8 +82,7 @@ impl SharedMemory {
     /// # Errors
     /// The system has no address space or memory for it.
     pub fn map(&self) -> io::Result<Region> {
-        let map =
-            MmapRaw::from(MmapOptions::new().len(self.bytes).no_reserve_swap().map_raw(&self.descriptor)?);
+        let map = MmapOptions::new().len(self.bytes).map_raw(&self.descriptor)?;
         // As for memory of one process: refusal costs speed only.
         let _ = map.advise(Advice::HugePage);
         Ok(Region::of(map))

@@ -201,10 +201,12 @@ impl Case {
     }
 }
 
-/// A world on the engine that RAILHOP_ENGINE names: `host` (the default), `shim` or `cuda`.
+/// A world on the engine that RAILHOP_ENGINE names: `host` (the default), `apart` (the host engine as processes have
+/// it), `shim` or `cuda`.
 pub fn local_world(config: &Config) -> LocalWorld {
     match std::env::var("RAILHOP_ENGINE").as_deref() {
         Err(_) | Ok("host") => LocalWorld::new(config.clone()).unwrap(),
+        Ok("apart") => LocalWorld::apart(config.clone()).unwrap(),
         #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
         Ok("shim") => shim_world(config),
         Ok("cuda") => cuda_world(config),
@@ -240,7 +242,11 @@ pub fn data(name: &str) -> PathBuf {
 
 /// What a rank's pool needs on a device beside buffers: plans, and rows on their way from and to the host.
 pub fn device_room() -> usize {
-    if std::env::var("RAILHOP_ENGINE").is_ok_and(|engine| engine != "host") { 4 << 20 } else { 0 }
+    if std::env::var("RAILHOP_ENGINE").is_ok_and(|engine| ["shim", "cuda"].contains(&&*engine)) {
+        4 << 20
+    } else {
+        0
+    }
 }
 
 /// A world whose kernels run on the CPU shim.

@@ -14,8 +14,6 @@
 mod cache;
 mod compiler;
 mod context;
-#[cfg(target_os = "linux")]
-pub mod descriptor;
 mod kernels;
 mod library;
 mod memory;

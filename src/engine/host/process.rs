@@ -11,23 +11,24 @@ use std::fmt::Display;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
 use super::{Engine, Parts, World};
 use crate::bootstrap::{Bootstrap, BootstrapError};
 use crate::config::{Carrier, Config};
-use crate::device::cuda::{recv_fd, send_fd};
 use crate::engine::control::Control;
 use crate::engine::mesh::Mesh;
 use crate::error::ConfigError;
 use crate::fabric::connect::{Address, ConnectError, Door, Links, World as Whom};
+use crate::fabric::descriptor::{recv_fd, send_fd};
 use crate::fabric::doorbell::Bell;
 use crate::fabric::memory::{Region, Regions};
 use crate::fabric::process::{ProcessFabric, Railed};
 use crate::fabric::rail::{Listener, NetworkRail, TcpPeer, TcpRail};
 use crate::fabric::shm::{SharedBell, SharedMemory};
+use crate::topology::Topology;
 use crate::wire::region::RegionMap;
 
 /// Why a world of processes did not come about. All its ranks get an error.
@@ -200,7 +201,7 @@ impl Joining<'_> {
         let whom = Whom { rank, topology, addresses: &addresses, connections, end };
         let links = own.door.connect(whom).map_err(|error: ConnectError| error.to_string())?;
         let Links { control, node, rail } = links;
-        let here = Neighbours { joining: self, cards, end }.share(own.memory, own.bell_memory, &node);
+        let here = Neighbours { topology, cards, end }.share(own.memory, own.bell_memory, &node);
         let (regions, bells) = here?;
         let node = self.node(own.region, own.bell, regions, bells);
         let mesh = Mesh::new(rank, control).map_err(|error| error.to_string())?;
@@ -264,9 +265,8 @@ impl Joining<'_> {
         listener: Arc<dyn Listener>,
     ) -> Result<Railed, String> {
         // SAFETY: both memories are kept by the fabric that keeps the rail, and go after it; roles keep to the protocol.
-        let rail = unsafe {
-            TcpRail::new(self.rank, mirror.mapped(), regions[self.rank].mapped(), peers, listener)
-        };
+        let rail =
+            unsafe { TcpRail::new(self.rank, mirror.mapped(), regions[self.rank].mapped(), peers, listener) };
         let rail: Box<dyn NetworkRail> = Box::new(rail.map_err(|error| format!("the rail: {error}"))?);
         Ok(Railed::new(rail, mirror, &self.map, self.config.topology().nodes()))
     }
@@ -274,7 +274,7 @@ impl Joining<'_> {
 
 /// The other ranks of the node.
 struct Neighbours<'a> {
-    joining: &'a Joining<'a>,
+    topology: Topology,
     cards: &'a [Card],
     end: Instant,
 }
@@ -290,14 +290,15 @@ impl Neighbours<'_> {
         bell: SharedMemory,
         sockets: &[Option<std::os::unix::net::UnixStream>],
     ) -> Result<Shared, String> {
-        let topology = self.joining.config.topology();
+        let topology = self.topology;
         let mut regions: Vec<_> = self.cards.iter().map(|_| None).collect();
         let mut bells: Vec<_> = (0..topology.ranks_per_node()).map(|_| None).collect();
         let lost = |rank: usize| move |error: &dyn Display| format!("memory of rank {rank}: {error}");
         // All is sent before any is awaited, and so little fits any socket.
         for (rank, socket) in sockets.iter().enumerate() {
             let Some(socket) = socket else { continue };
-            let sent = send_fd(socket, memory.as_fd(), REGION).and_then(|()| send_fd(socket, bell.as_fd(), BELL));
+            let sent =
+                send_fd(socket, memory.as_fd(), REGION).and_then(|()| send_fd(socket, bell.as_fd(), BELL));
             sent.map_err(|error| lost(rank)(&error))?;
         }
         for (rank, socket) in sockets.iter().enumerate() {
@@ -309,7 +310,8 @@ impl Neighbours<'_> {
                     false => Err(std::io::ErrorKind::InvalidData.into()),
                 }
             };
-            let region = receive(REGION, self.cards[rank].region_bytes).map_err(|error| lost(rank)(&error))?;
+            let region =
+                receive(REGION, self.cards[rank].region_bytes).map_err(|error| lost(rank)(&error))?;
             let page = receive(BELL, SharedBell::BYTES).map_err(|error| lost(rank)(&error))?;
             regions[rank] = Some(region);
             bells[topology.local_of(rank)] = Some(SharedBell::new(page));
