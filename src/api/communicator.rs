@@ -20,7 +20,7 @@ use crate::engine::completion::Waiter;
 use crate::engine::cuda::{self, DevicePlan};
 use crate::engine::pool::Pool;
 use crate::engine::{Engine, World};
-use crate::error::{Error, Kind, Reason, Tensor};
+use crate::error::{Error, Fault, Kind, Reason, Tensor};
 use crate::proto::Input;
 use crate::proto::plan::{self, Plan};
 use crate::wire::shape::{RowFormat, RowShape};
@@ -402,6 +402,11 @@ impl Communicator {
             return Err(Reason::FormatMismatch);
         }
         Tensor::TopkIdx.check_size(handle.topk(), topk)
+    }
+
+    /// The fault that poisons the communicator, once this rank has heard of it: faults of other processes take a moment.
+    pub fn fault(&self) -> Option<Arc<Fault>> {
+        self.world.control().fault()
     }
 
     /// After a fault: meets all ranks of the world, stops what is left of the old operations and makes the

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use super::completion::lock;
 use super::control::Control;
-use super::mesh::{Host, MeshThread, Waits};
+use super::mesh::{Host, LaneWaits, MeshThread};
 use crate::config::Config;
 use crate::error::{Cause, ConfigError, Error, Fault, Wait, panic_message};
 use crate::fabric::Fabric;
@@ -30,8 +30,9 @@ use crate::fabric::local::LocalFabric;
 use crate::fabric::memory::{Region, Regions};
 use crate::fabric::rail::{Listener, RailError};
 use crate::proto::{Progress, Step};
-use crate::wire::region::{LANES, Lane, RegionMap};
+use crate::wire::region::{LANES, RegionMap};
 use run::Slot;
+use watch::Inquiry;
 
 /// Passes without progress before a worker sleeps; it yields in between, for another worker's step may end.
 const IDLE_PASSES: u32 = 4;
@@ -288,9 +289,13 @@ impl Host for World {
         self.doorbell.ring();
     }
 
-    fn waits(&self, lane: Lane) -> Waits {
+    fn fault(&self) -> Option<(u16, Arc<Fault>)> {
+        Some((self.control.generation(), self.control.fault()?))
+    }
+
+    fn waits(&self) -> LaneWaits {
         let active = lock(&self.active).clone();
-        active.iter().filter(|run| run.op.lane() == lane).flat_map(|run| watch::waits(run)).collect()
+        watch::waits(active.iter())
     }
 }
 
@@ -438,7 +443,8 @@ impl Worker<'_> {
         let deadline = self.world.config.deadline;
         let still = Duration::from_micros(micros.saturating_sub(run.moved_at.load(Ordering::Relaxed)));
         if waited.min(still) > deadline {
-            self.world.broadcast(run, watch::blame(self.world, &self.runs, run, wait));
+            let inquiry = Inquiry { world: self.world, runs: &self.runs, run, wait };
+            self.world.broadcast(run, inquiry.blame());
         }
     }
 }

@@ -17,14 +17,17 @@ use serde::{Deserialize, Serialize};
 
 use super::completion::lock;
 use crate::error::{Error, Fault, Wait};
-use crate::wire::region::Lane;
+use crate::wire::region::LANES;
 use link::Link;
 use meeting::Meeting;
 
 pub use thread::{Host, MeshThread};
 
-/// Waits of a rank, and since when.
+/// Waits of an operation, and since when.
 pub type Waits = Vec<(Instant, Wait)>;
+
+/// What a rank's operations wait for, by lane.
+pub type LaneWaits = [Waits; LANES.len()];
 
 /// What ranks tell each other.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -33,10 +36,10 @@ enum Message {
     Fault { generation: u16, fault: Fault },
     /// The rank leaves; nothing follows.
     Bye,
-    /// What does your operation on this lane wait for?
-    Ask { id: u64, lane: u8 },
-    /// For so many microseconds, for this.
-    Answer { id: u64, waits: Vec<(u64, Wait)> },
+    /// What do your operations wait for? If there is a fault, it is told first.
+    Ask { id: u64 },
+    /// By lane: for so many microseconds, for this.
+    Answer { id: u64, waits: [Vec<(u64, Wait)>; LANES.len()] },
     /// To rank 0: the rank has come to a reset.
     Arrived { attempt: u64, generation: u16, gone: Vec<usize>, deadline: Duration },
     /// From rank 0: all have, or these have not within so long.
@@ -69,7 +72,7 @@ pub struct Mesh {
 struct State {
     questions: u64,
     /// By question and rank asked: what has been answered.
-    answers: HashMap<(u64, usize), Waits>,
+    answers: HashMap<(u64, usize), LaneWaits>,
     /// Resets this rank has come to, and what the last of them came to.
     attempts: u64,
     met: Option<Met>,
@@ -124,13 +127,13 @@ impl Mesh {
         self.tell_all(&Message::Bye);
     }
 
-    /// What the operations of `ranks` on `lane` wait for; none of those that have not answered by `end`.
-    pub fn ask(&self, ranks: &[usize], lane: Lane, end: Instant) -> Vec<Option<Waits>> {
+    /// What the operations of `ranks` wait for; none of those that have not answered by `end`.
+    pub fn ask(&self, ranks: &[usize], end: Instant) -> Vec<Option<LaneWaits>> {
         let mut state = lock(&self.state);
         state.questions += 1;
         let id = state.questions;
         drop(state);
-        ranks.iter().for_each(|&rank| self.tell(rank, &Message::Ask { id, lane: lane as u8 }));
+        ranks.iter().for_each(|&rank| self.tell(rank, &Message::Ask { id }));
         let mut state = self.wait_until(end, |state| {
             ranks.iter().all(|&rank| state.closed[rank] || state.answers.contains_key(&(id, rank)))
         });
@@ -224,8 +227,9 @@ impl Mesh {
             Message::Answer { id, waits } => {
                 let now = Instant::now();
                 let since = |micros| now.checked_sub(Duration::from_micros(micros)).unwrap_or(now);
-                let waits = waits.into_iter().map(|(micros, wait)| (since(micros), wait)).collect();
-                state.answers.insert((id, rank), waits);
+                let read =
+                    |waits: Vec<_>| waits.into_iter().map(|(micros, wait)| (since(micros), wait)).collect();
+                state.answers.insert((id, rank), waits.map(read));
             }
             Message::Met { attempt, missing, after } => state.met = Some(Met { attempt, missing, after }),
             Message::Bring { gather, bytes } => {

@@ -10,10 +10,9 @@ use std::time::Instant;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::link::Inbox;
-use super::{Mesh, Message, Waits};
+use super::{LaneWaits, Mesh, Message, Waits};
 use crate::engine::completion::lock;
 use crate::error::Fault;
-use crate::wire::region::{LANES, Lane};
 
 /// Whose operations the mesh is for.
 pub trait Host: Send + Sync {
@@ -23,8 +22,11 @@ pub trait Host: Send + Sync {
     /// Nothing more comes from `rank` by the mesh.
     fn closed(&self, rank: usize);
 
-    /// What this rank's operation on `lane` waits for.
-    fn waits(&self, lane: Lane) -> Waits;
+    /// The fault of this generation, if there is one.
+    fn fault(&self) -> Option<(u16, Arc<Fault>)>;
+
+    /// What this rank's operations wait for.
+    fn waits(&self) -> LaneWaits;
 }
 
 /// Listens until it is dropped.
@@ -130,11 +132,16 @@ impl Listener {
                     host.adopt(&fault, generation);
                 }
             }
-            Message::Ask { id, lane } => {
+            Message::Ask { id } => {
                 let Some(host) = self.host.upgrade() else { return };
-                let Some(&lane) = LANES.get(usize::from(lane)) else { return };
+                // Taken before it is seen whether a fault has ended them: then that rank is not to be blamed.
                 let micros = |since: Instant| since.elapsed().as_micros() as u64;
-                let waits = host.waits(lane).into_iter().map(|(since, wait)| (micros(since), wait)).collect();
+                let sent =
+                    |waits: Waits| waits.into_iter().map(|(since, wait)| (micros(since), wait)).collect();
+                let waits = host.waits().map(sent);
+                if let Some((generation, fault)) = host.fault() {
+                    self.mesh.tell(rank, &Message::Fault { generation, fault: (*fault).clone() });
+                }
                 self.mesh.tell(rank, &Message::Answer { id, waits });
             }
             Message::Bye => self.close(rank),
