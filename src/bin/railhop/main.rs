@@ -1,6 +1,8 @@
 //! The `railhop` command.
 
 mod bench;
+#[cfg(target_os = "linux")]
+mod doctor;
 mod inputs;
 #[cfg(target_os = "linux")]
 mod launch;
@@ -37,6 +39,9 @@ enum Command {
     /// Starts a world of processes on this machine, each "node" in a network of its own if wanted
     #[cfg(target_os = "linux")]
     Launch(launch::LaunchArgs),
+    /// Says what is here, what is missing, and what to do about it
+    #[cfg(target_os = "linux")]
+    Doctor(doctor::DoctorArgs),
 }
 
 impl Command {
@@ -48,6 +53,8 @@ impl Command {
             Self::Plan(args) => plan::run(args)?,
             #[cfg(target_os = "linux")]
             Self::Launch(args) => return launch::run(args),
+            #[cfg(target_os = "linux")]
+            Self::Doctor(args) => return doctor::run(args),
         }
         Ok(ExitCode::SUCCESS)
     }
