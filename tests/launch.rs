@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, ChildStderr, ChildStdout, Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -51,23 +51,15 @@ impl Running {
     fn start(ranks: usize, options: &[&str], script: &str) -> Self {
         let count = ranks.to_string();
         let words = [&["-n", &count, "-v"], options, &["--", "sh", "-c", script]].concat();
-        let mut running = Self { child: launch(&words).spawn().unwrap(), ranks: Vec::new() };
-        let mut said = BufReader::new(running.child.stderr.take().unwrap());
-        for rank in 0..ranks {
-            let mut line = String::new();
-            said.read_line(&mut line).unwrap();
-            let pid = line.strip_prefix(&format!("rank {rank} is process ")).expect(&line);
-            running.ranks.push(Pid::from_raw(pid.trim().parse().unwrap()).unwrap());
-        }
-        running.child.stderr = Some(said.into_inner());
-        let mut out = BufReader::new(running.child.stdout.take().unwrap());
-        for _ in 0..ranks {
-            let mut line = String::new();
-            out.read_line(&mut line).unwrap();
-            assert!(line.ends_with("] ready\n"), "{line:?}");
-        }
-        assert!(out.buffer().is_empty(), "ranks wait for what the test does");
-        running.child.stdout = Some(out.into_inner());
+        let mut child = launch(&words).spawn().unwrap();
+        let (out, err) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        let mut running = Self { child, ranks: Vec::new() };
+        let starting = thread::spawn(move || read_start(ranks, out, err));
+        until("all ranks are ready", || starting.is_finished().then_some(()));
+        let (started, out, err) = starting.join().unwrap();
+        running.ranks = started;
+        running.child.stdout = Some(out);
+        running.child.stderr = Some(err);
         running
     }
 
@@ -87,6 +79,28 @@ impl Running {
         self.child.stderr.take().unwrap().read_to_string(&mut err).unwrap();
         Ended { code: status.code().unwrap_or_else(|| 128 + status.signal().unwrap()), out, err }
     }
+}
+
+/// Reads the line that tells each rank's process, and the line by which each says that it is ready.
+fn read_start(ranks: usize, out: ChildStdout, err: ChildStderr) -> (Vec<Pid>, ChildStdout, ChildStderr) {
+    fn line(from: &mut impl BufRead) -> String {
+        let mut line = String::new();
+        from.read_line(&mut line).unwrap();
+        line
+    }
+    let (mut out, mut err) = (BufReader::new(out), BufReader::new(err));
+    let pid = |rank| {
+        let line = line(&mut err);
+        let pid = line.strip_prefix(&format!("rank {rank} is process ")).expect(&line);
+        Pid::from_raw(pid.trim().parse().unwrap()).unwrap()
+    };
+    let pids = (0..ranks).map(pid).collect();
+    for _ in 0..ranks {
+        let line = line(&mut out);
+        assert!(line.ends_with("] ready\n"), "{line:?}");
+    }
+    assert!(out.buffer().is_empty() && err.buffer().is_empty(), "ranks wait for what the test does");
+    (pids, out.into_inner(), err.into_inner())
 }
 
 /// What has become of a launcher.
@@ -116,11 +130,10 @@ fn has_ended(pid: Pid) -> bool {
 
 /// Runs to its end; what it said.
 fn run(words: &[&str]) -> Output {
-    finish(launch(words))
+    finish(launch(words).spawn().unwrap())
 }
 
-fn finish(mut command: Command) -> Output {
-    let child = command.spawn().unwrap();
+fn finish(child: Child) -> Output {
     let pid = Pid::from_child(&child);
     let (done, ended) = std::sync::mpsc::channel();
     let waiter = thread::spawn(move || {
@@ -154,7 +167,7 @@ fn by_rank(said: &[u8]) -> BTreeMap<usize, Vec<String>> {
 fn environments(options: &[&str], outer: &str) -> Vec<BTreeMap<String, String>> {
     let mut command = launch(&[options, &["--", "env"]].concat());
     command.envs(outer.split_whitespace().filter_map(|word| word.split_once('=')));
-    let output = finish(command);
+    let output = finish(command.spawn().unwrap());
     assert!(output.status.success(), "{}", text(&output.stderr));
     let variables = |lines: Vec<String>| {
         lines.into_iter().filter_map(|line| line.split_once('=').map(|(k, v)| (k.into(), v.into()))).collect()
@@ -257,7 +270,7 @@ fn without_prefix_nothing_is_touched() {
 fn nothing_comes_from_stdin() {
     let mut command = launch(&["-n", "2", "--", "cat"]);
     command.stdin(Stdio::piped());
-    assert!(finish(command).status.success());
+    assert!(finish(command.spawn().unwrap()).status.success());
 }
 
 // ---- the end
@@ -377,7 +390,7 @@ fn a_signal_that_the_launcher_ignores_is_not_passed_on() {
     command.arg(env!("CARGO_BIN_EXE_railhop")).args(["launch", "-n", "1", "--", "sh", "-c"]);
     command.arg("kill -HUP $PPID; sleep 0.3; echo still here");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let output = finish(command);
+    let output = finish(command.spawn().unwrap());
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), "[0] still here\n"));
 }
 
@@ -484,7 +497,7 @@ fn a_network_that_can_not_be_made_leaves_nothing() {
     let Some(_alone) = networks() else { return };
     let child = launch(&["-n", "2", "--netns", "--rate", "fast", "true"]).spawn().unwrap();
     let launcher = Pid::from_child(&child);
-    let output = child.wait_with_output().unwrap();
+    let output = finish(child);
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("tbf rate fast"), "{}", text(&output.stderr));
     assert_eq!(namespaces(launcher), BTreeSet::new());

@@ -23,13 +23,10 @@ use self::machine::Machine;
 /// Columns that the table may take.
 const WIDTH: u16 = 120;
 
-/// What is here, what is missing, and what to do about it.
-///
-/// The exit code is 0, or 1 where something is missing of the topics that are required.
+/// What is to be looked at.
 #[derive(Debug, clap::Args)]
-#[command(verbatim_doc_comment)]
 pub struct DoctorArgs {
-    /// Topics of which nothing may be missing, separated by commas
+    /// Topics of which nothing may be missing, separated by commas: the exit code is 1 if something is
     #[arg(long, value_delimiter = ',', value_name = "TOPICS")]
     require: Vec<Topic>,
     /// Print one JSON object on stdout

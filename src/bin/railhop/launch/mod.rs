@@ -27,13 +27,16 @@ use self::place::Job;
 use self::rank::Program;
 use self::supervisor::{Event, Supervisor};
 
+/// What `--help` says beside the options.
+const RULES: &str = "\
+Every rank finds in its environment what a bootstrap needs, and nothing on stdin. Signals are passed on to all ranks.
+When a rank fails the others get SIGTERM, and SIGKILL after the grace; the exit code is that of the first failure
+(128 + the signal that ended it, 127 or 126 where the program can't be started). Ranks die with the launcher, even with
+one that is killed.";
+
 /// A world of processes on this machine.
-///
-/// Every rank finds in its environment what a bootstrap needs. The world ends when all ranks have; when one fails the
-/// others get SIGTERM, and SIGKILL after the grace, and the exit code is that of the first failure (128 + the signal
-/// that ended it). Signals are passed on to all ranks. Ranks read nothing from stdin.
 #[derive(Debug, clap::Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_help = RULES)]
 pub struct LaunchArgs {
     /// Ranks of the world
     #[arg(short = 'n', long)]

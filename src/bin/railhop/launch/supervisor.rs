@@ -35,7 +35,7 @@ pub struct Supervisor {
     running: usize,
     /// The code of the first failure.
     failure: Option<u8>,
-    /// When ranks are killed that have not ended since.
+    /// When ranks are killed that have not ended since a failure. None: never, so far.
     end: Option<Instant>,
     sender: Sender<Event>,
     events: Receiver<Event>,
@@ -126,7 +126,7 @@ impl Supervisor {
 
     fn fail(&mut self, code: u8) {
         self.failure = Some(code);
-        self.end = Some(Instant::now() + self.grace);
+        self.end = Instant::now().checked_add(self.grace);
         self.send(Signal::TERM);
         // One that is stopped would not notice.
         self.send(Signal::CONT);
