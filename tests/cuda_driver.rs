@@ -157,6 +157,21 @@ fn devices_have_names_and_limits() {
 }
 
 #[test]
+fn devices_are_described() {
+    for peers in ["1", "0"] {
+        let variables = [("SHIM_CUDA_DEVICES", "2"), ("SHIM_CUDA_PEERS", peers)];
+        inside("devices_are_described", &variables, || {
+            let found = cuda::survey().unwrap();
+            assert_eq!((&found[0].name[..], found[0].capability), ("Shim H100", (9, 0)));
+            assert_eq!((found[0].sms, found[0].memory, found[0].exports_dma_buf), (132, 80 << 30, true));
+            let reached: Vec<_> = found.into_iter().map(|device| device.peers).collect();
+            let have_peers = env::var("SHIM_CUDA_PEERS").unwrap() == "1";
+            assert_eq!(reached, if have_peers { [vec![1], vec![0]] } else { [vec![], vec![]] });
+        });
+    }
+}
+
+#[test]
 fn an_old_driver_is_called_old() {
     inside("an_old_driver_is_called_old", &[("SHIM_CUDA_VERSION", "12030")], || {
         let old = DeviceError::OldDriver { found: 12_030, needed: 12_040 };

@@ -18,6 +18,12 @@ fn devices_are_named_or_missing() {
 }
 
 #[test]
+fn devices_are_described_or_missing() {
+    let names = cuda::survey().map(|devices| devices.into_iter().map(|device| device.name).collect());
+    assert_eq!(names, cuda::devices());
+}
+
+#[test]
 fn a_device_opens_or_is_missing() {
     // Twice: what the first attempt has left must not hurt the second.
     for _ in 0..2 {

@@ -219,6 +219,33 @@ impl Member {
         variables.member(source.ok_or(BootstrapError::NoLauncher)?)
     }
 
+    /// The variables that say this to a process that is to be started, whatever else started the one that starts it.
+    /// Set them where all of [`Member::variables`] have been removed: [`Member::from_environment`] then gives this
+    /// member there, with its `node` left out and [`Launcher::Explicit`] in its `launcher`.
+    pub fn explicit_variables(&self) -> Vec<(&'static str, String)> {
+        let always = [
+            ("RAILHOP_RANK", self.rank.to_string()),
+            ("RAILHOP_WORLD_SIZE", self.world_size.to_string()),
+            ("RAILHOP_LOCAL_RANK", self.local_rank.to_string()),
+            ("RAILHOP_LOCAL_SIZE", self.local_size.to_string()),
+            (STORE, self.store.to_string()),
+            (JOB_ID, self.job_id.clone()),
+        ];
+        let interface = self.interface.map(|address| (INTERFACE, address.to_string()));
+        let secret = self.secret_file.as_ref().map(|path| (SECRET_FILE, path.display().to_string()));
+        always.into_iter().chain(interface).chain(secret).collect()
+    }
+
+    /// All variables by which a launcher is recognised or a member's place is known.
+    pub fn variables() -> impl Iterator<Item = &'static str> {
+        let of = |source: &Source| {
+            let Source { signs, rank, world_size, local_rank, local_size, node, launcher: _ } = *source;
+            [signs, rank, world_size, local_rank, local_size, node]
+        };
+        let places = SOURCES.iter().flat_map(of).flatten().copied();
+        places.chain([STORE, JOB_ID, INTERFACE, SECRET_FILE])
+    }
+
     /// The world's shape: as many ranks on each node as on this one.
     ///
     /// # Errors
@@ -607,6 +634,24 @@ mod tests {
         blames(&format!("{EXPLICIT} RAILHOP_STORE=a"), "RAILHOP_STORE", Some("a"));
         blames(&format!("{EXPLICIT} RAILHOP_INTERFACE=eth0"), "RAILHOP_INTERFACE", Some("eth0"));
         blames(&format!("{EXPLICIT} RAILHOP_LOCAL_SIZE="), "RAILHOP_LOCAL_SIZE", None);
+    }
+
+    #[test]
+    fn a_member_can_be_told_what_it_is() {
+        for outer in [TORCHRUN, SLURM, OPEN_MPI, EXPLICIT, &format!("{MPICH} RAILHOP_JOB_ID=j")] {
+            let mut given = member(EXPLICIT).unwrap();
+            given.job_id = "inner".into();
+            let told: std::collections::BTreeMap<_, _> = given.explicit_variables().into_iter().collect();
+            let got = Member::from_lookup(|name| match told.get(name) {
+                Some(value) => Some(value.clone()),
+                None if Member::variables().any(|removed| removed == name) => None,
+                None => outer
+                    .split_whitespace()
+                    .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+                    .map(Into::into),
+            });
+            assert_eq!(got.unwrap(), given, "{outer}");
+        }
     }
 
     #[test]

@@ -101,6 +101,14 @@ CUDA_API cuDeviceGetName(char* name, int length, Device device) {
     });
 }
 
+CUDA_API cuDeviceTotalMem_v2(size_t* bytes, Device device) {
+    return call([&](Driver&, auto&) {
+        if (!is_device(device)) return INVALID_DEVICE;
+        *bytes = (size_t)80 << 30;
+        return SUCCESS;
+    });
+}
+
 /// As an H100 has them.
 static const std::map<int, int>& attributes() {
     static const auto* known = new std::map<int, int>{
@@ -116,6 +124,7 @@ static const std::map<int, int>& attributes() {
         {102, 1},                   // VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED
         {103, 1},                   // HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED
         {110, 1},                   // GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED
+        {124, 1},                   // DMA_BUF_SUPPORTED
         {128, options().fabric != Options::Fabric::None},  // HANDLE_TYPE_FABRIC_SUPPORTED
     };
     return *known;

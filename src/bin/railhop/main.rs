@@ -1,7 +1,11 @@
 //! The `railhop` command.
 
 mod bench;
+#[cfg(target_os = "linux")]
+mod doctor;
 mod inputs;
+#[cfg(target_os = "linux")]
+mod launch;
 mod meeting;
 mod nccl;
 mod options;
@@ -32,15 +36,27 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Derives the budget of a world (blocks, channels, chunks, rings) from its rows and its machine, with reasons
     Plan(plan::PlanArgs),
+    /// Starts a world of processes on this machine, each "node" in a network of its own if wanted
+    #[cfg(target_os = "linux")]
+    Launch(launch::LaunchArgs),
+    /// Says what is here, what is missing, and what to do about it
+    #[cfg(target_os = "linux")]
+    Doctor(doctor::DoctorArgs),
 }
 
 impl Command {
-    fn run(&self) -> Result<(), Box<dyn Error + Send + Sync>> {
+    /// The code to exit with.
+    fn run(&self) -> Result<ExitCode, Box<dyn Error + Send + Sync>> {
         match self {
-            Self::Replay(args) => replay::run(args),
-            Self::Bench(args) => bench::run(args),
-            Self::Plan(args) => plan::run(args),
+            Self::Replay(args) => replay::run(args)?,
+            Self::Bench(args) => bench::run(args)?,
+            Self::Plan(args) => plan::run(args)?,
+            #[cfg(target_os = "linux")]
+            Self::Launch(args) => return launch::run(args),
+            #[cfg(target_os = "linux")]
+            Self::Doctor(args) => return doctor::run(args),
         }
+        Ok(ExitCode::SUCCESS)
     }
 }
 
@@ -55,13 +71,10 @@ fn main() -> ExitCode {
         EnvFilter::builder().with_env_var("RAILHOP_LOG").with_default_directive(LevelFilter::OFF.into());
     tracing_subscriber::fmt().with_env_filter(filter.from_env_lossy()).with_writer(std::io::stderr).init();
     match Cli::try_parse() {
-        Ok(cli) => cli.command.run().map_or_else(
-            |failure| {
-                complain(failure);
-                ExitCode::FAILURE
-            },
-            |()| ExitCode::SUCCESS,
-        ),
+        Ok(cli) => cli.command.run().unwrap_or_else(|failure| {
+            complain(failure);
+            ExitCode::FAILURE
+        }),
         Err(usage) if usage.use_stderr() => {
             complain(first_paragraph(&usage.to_string()));
             ExitCode::from(2)

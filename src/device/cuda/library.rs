@@ -16,7 +16,7 @@ const NEEDED: u32 = 12_040;
 
 /// All calls used. cudarc looks a symbol up when it is first called and panics where there is none, so they are asked
 /// for beforehand.
-const SYMBOLS: [&str; 48] = [
+const SYMBOLS: [&str; 49] = [
     "cuCtxGetCurrent",
     "cuCtxGetStreamPriorityRange",
     "cuCtxSetCurrent",
@@ -27,6 +27,7 @@ const SYMBOLS: [&str; 48] = [
     "cuDeviceGetName",
     "cuDevicePrimaryCtxRelease_v2",
     "cuDevicePrimaryCtxRetain",
+    "cuDeviceTotalMem_v2",
     "cuDriverGetVersion",
     "cuEventCreate",
     "cuEventDestroy_v2",
@@ -203,6 +204,7 @@ mod tests {
             include_str!("mod.rs"),
             include_str!("share.rs"),
             include_str!("stream.rs"),
+            include_str!("survey.rs"),
         ];
         let used =
             || sources.iter().flat_map(|source| ["call!(", "sys::"].map(|before| calls(source, before)));

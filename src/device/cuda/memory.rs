@@ -19,6 +19,7 @@ use cudarc::driver::sys::{
 
 use super::context::Context;
 use super::library::{attribute, call, check};
+use super::survey::reaches;
 use crate::error::DeviceError;
 
 /// How memory can leave the process: `CUmemAllocationHandleType` is a set of bits.
@@ -253,10 +254,7 @@ pub(super) fn reach(device: CUdevice, address: u64) -> Result<Option<bool>, Devi
     if allocation.reached_by.contains(&device) {
         return Ok(Some(true));
     }
-    let mut can = 0;
-    // SAFETY: the call writes an integer.
-    unsafe { call!(cuDeviceCanAccessPeer(&mut can, device, allocation.owner)) }?;
-    if can == 0 {
+    if !reaches(device, allocation.owner)? {
         return Ok(Some(false));
     }
     let devices: Vec<_> = allocation.reached_by.iter().copied().chain([device]).collect();

@@ -20,6 +20,7 @@ mod memory;
 #[cfg(target_os = "linux")]
 mod share;
 mod stream;
+mod survey;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -29,6 +30,7 @@ use cudarc::driver::sys::CUdevice_attribute;
 pub use self::compiler::compile;
 #[cfg(target_os = "linux")]
 pub use self::share::{ExportedMemory, FABRIC_HANDLE_BYTES, FabricMemory, ImportedMemory};
+pub use self::survey::{DeviceInfo, survey};
 
 use self::context::Context;
 use self::kernels::Kernels;
