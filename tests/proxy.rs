@@ -4,6 +4,9 @@
 
 #[path = "common/queue.rs"]
 mod queue;
+#[cfg(target_os = "linux")]
+#[path = "common/tcp.rs"]
+mod tcp;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
@@ -14,6 +17,8 @@ use proptest::prelude::*;
 use queue::{LIMIT, Rank, wait_until};
 use railhop::fabric::proxy::{Patience, ProxyError, ProxyThread};
 use railhop::fabric::rail::{Completion, LocalRail, NullRail, Rail, RailError};
+#[cfg(target_os = "linux")]
+use railhop::fabric::rail::{TcpPeer, TcpRail};
 use railhop::fabric::sim::Rng;
 use railhop::wire::command::{Command, opcode};
 use railhop::wire::device::QUEUE_CAPACITY;
@@ -621,15 +626,11 @@ impl Stream {
     }
 }
 
-#[test]
-fn two_ranks_exchange_rings_of_chunks() {
+/// All streams of two ranks, whose proxies post to what `rails` makes.
+fn exchange<R: Rail + 'static>(rails: impl FnOnce([&'static Rank; 2]) -> [R; 2]) {
     let config = config(2, 1, FIRST);
     let ranks = [0, 1].map(|rank| Rank::leaked(&config, rank));
-    let regions = || ranks.iter().map(|rank| rank.mapped_region()).collect();
-    let proxies = ranks.map(|rank| {
-        // SAFETY: `Stream` writes slots with credit and completion, and reads them below an acquired tail.
-        spawn(rank, unsafe { LocalRail::new(rank.mapped_private(), regions()) })
-    });
+    let proxies: Vec<_> = ranks.into_iter().zip(rails(ranks)).map(|(rank, rail)| spawn(rank, rail)).collect();
     let warp = |rank: &'static Rank, channel: usize| {
         thread::spawn(move || {
             let mut streams = LANES.map(|lane| Stream::new(rank, lane, channel));
@@ -646,4 +647,30 @@ fn two_ranks_exchange_rings_of_chunks() {
     let warps: Vec<_> = warps.into_iter().map(|(rank, channel)| warp(rank, channel)).collect();
     warps.into_iter().for_each(|warp| warp.join().unwrap());
     proxies.into_iter().for_each(|proxy| proxy.stop().unwrap());
+}
+
+// SAFETY, of both rails: `Stream` writes slots with credit and completion, and reads them below an acquired tail.
+
+#[test]
+fn two_ranks_exchange_rings_of_chunks() {
+    exchange(|ranks| {
+        let regions = || ranks.iter().map(|rank| rank.mapped_region()).collect();
+        // SAFETY: as above.
+        ranks.map(|rank| unsafe { LocalRail::new(rank.mapped_private(), regions()) })
+    });
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn two_ranks_exchange_rings_of_chunks_over_tcp() {
+    exchange(|ranks| {
+        let mut ends = tcp::connections(2, None).into_iter();
+        ranks.map(|Rank { rank, .. }| {
+            let peer = TcpPeer { rank: 1 - rank, connections: ends.next().expect("two ends") };
+            let (source, region) = (ranks[*rank].mapped_private(), ranks[*rank].mapped_region());
+            // SAFETY: as above.
+            unsafe { TcpRail::new(*rank, source, region, vec![peer], Arc::new(tcp::Heard::default())) }
+                .unwrap()
+        })
+    });
 }

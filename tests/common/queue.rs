@@ -41,8 +41,9 @@ impl Memory {
         &self.0[offset / 8]
     }
 
-    fn mapped(&self) -> Mapped {
-        // SAFETY: a `Rank` keeps its memory as long as any proxy may use it, and there are atomics only.
+    /// For as long as the memory lives.
+    pub fn mapped(&self) -> Mapped {
+        // SAFETY: whoever has a rail or proxy to it keeps the memory, and there are atomics only.
         unsafe { Mapped::new(self.0.as_ptr().cast_mut().cast(), 8 * self.0.len()) }
     }
 }

@@ -15,8 +15,9 @@ use crate::fabric::mapped::Mapped;
 /// What turns out to be the beginning of more data is copied.
 const AHEAD: usize = 12 * HEADER;
 
-/// Bytes after which the other connections have their turn.
-const TURN: usize = 256 << 10;
+/// Bytes after which the rank hears of what has come, and the other connections have their turn: some pieces of a ring,
+/// so that credit goes back while more is on its way.
+const TURN: usize = 128 << 10;
 
 /// The receiving end of a connection.
 pub struct Inbox {
