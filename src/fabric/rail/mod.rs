@@ -3,17 +3,22 @@
 //! - [`LocalRail`]: ranks of one process, whose memories the host can address.
 //! - [`DeviceRail`]: ranks of one process on devices: puts and signals are copies on a stream.
 //! - [`StagedRail`]: the same by way of the host, for devices that don't reach each other.
+//! - [`VerbsRail`]: ranks in other processes and on other machines, over RDMA.
 //! - [`NullRail`]: builds what a NIC would be given and carries nothing, to measure what posting costs.
 
 mod device;
 mod local;
 mod null;
 mod staged;
+#[cfg(target_os = "linux")]
+mod verbs;
 
 pub use device::{DeviceRail, Reached};
 pub use local::LocalRail;
 pub use null::{NullRail, WorkRequest, work};
 pub use staged::{Inbox, Outbox, Staged, StagedRail};
+#[cfg(target_os = "linux")]
+pub use verbs::{NicMemory, VerbsEnd, VerbsError, VerbsRail, VerbsSetup};
 
 use std::time::Instant;
 

@@ -61,7 +61,6 @@ library! {
     fn ack_async_event(*mut AsyncEvent);
     fn event_type_str(c_uint) -> *const c_char;
     fn wc_status_str(c_uint) -> *const c_char;
-    fn port_state_str(c_uint) -> *const c_char;
     fn alloc_pd(*mut Context) -> *mut Pd;
     fn dealloc_pd(*mut Pd) -> c_int;
     fn reg_mr(*mut Pd, *mut c_void, usize, c_int) -> *mut Mr;

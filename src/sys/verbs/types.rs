@@ -300,12 +300,11 @@ pub(crate) struct Wc {
     pub(crate) dlid_path_bits: u8,
 }
 
-/// Declares C's constants, and lists them for the test.
+/// Declares C's constants, and lists them with their names.
 macro_rules! constants {
     ($($name:ident = $value:expr;)*) => {
         $(pub(crate) const $name: c_uint = $value;)*
 
-        #[cfg(test)]
         const CONSTANTS: &[(&str, c_uint)] = &[$((concat!("IBV_", stringify!($name)), $name)),*];
     };
 }
@@ -363,6 +362,12 @@ constants! {
     EVENT_DEVICE_FATAL = 8;
     EVENT_PORT_ERR = 10;
     EVENT_SRQ_ERR = 14;
+}
+
+/// C's name of a constant whose name begins with `prefix`; its number where the name is not known here.
+pub(crate) fn name_of(prefix: &str, value: c_uint) -> String {
+    let mut names = CONSTANTS.iter().filter(|(name, other)| name.starts_with(prefix) && *other == value);
+    names.next().map_or_else(|| format!("{prefix}{value}"), |(name, _)| name.to_string())
 }
 
 #[cfg(test)]
