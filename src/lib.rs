@@ -131,6 +131,8 @@ pub mod numeric;
 pub mod proto;
 pub mod reference;
 mod sync;
+#[cfg(target_os = "linux")]
+mod sys;
 pub mod topology;
 pub mod wire;
 

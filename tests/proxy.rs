@@ -4,11 +4,13 @@
 
 #[path = "common/queue.rs"]
 mod queue;
+#[path = "common/stream.rs"]
+mod stream;
 #[cfg(target_os = "linux")]
 #[path = "common/tcp.rs"]
 mod tcp;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -23,11 +25,10 @@ use railhop::fabric::sim::Rng;
 use railhop::wire::command::{Command, opcode};
 use railhop::wire::device::QUEUE_CAPACITY;
 use railhop::wire::posting::Posting;
-use railhop::wire::region::{LANES, Lane, WordId};
+use railhop::wire::region::{LANES, Lane};
 use railhop::wire::word::{Index, Word};
 use railhop::{Config, Topology};
-
-const SLOTS: usize = 8;
+use stream::{FIRST, SLOTS, Stream};
 
 fn config(nodes: usize, ranks_per_node: usize, first_index: u64) -> Config {
     let topology = Topology::new(nodes, ranks_per_node).unwrap();
@@ -529,102 +530,6 @@ fn a_silent_proxy_leaves_the_cores_to_others_yet_answers_in_time() {
 // ---- two ranks
 
 const TOKENS: u64 = 3000;
-const PITCH: usize = 96;
-/// Just before indices wrap.
-const FIRST: u64 = (1 << 48) - 1000;
-
-/// One end of one stream at one rank, in both directions, as sender and forwarder warps work on it.
-struct Stream {
-    rank: &'static Rank,
-    lane: Lane,
-    channel: usize,
-    sent: u64,
-    received: u64,
-    rng: Rng,
-}
-
-impl Stream {
-    fn new(rank: &'static Rank, lane: Lane, channel: usize) -> Self {
-        let rng = Rng::new((rank.rank * 16 + channel * 2) as u64 + lane as u64);
-        Self { rank, lane, channel, sent: 0, received: 0, rng }
-    }
-
-    fn index(&self, word: &AtomicU64) -> u64 {
-        let index = Word(word.load(Ordering::Acquire)).index_in(1).unwrap_or(Index::new(FIRST));
-        index.since(Index::new(FIRST))
-    }
-
-    fn own(&self, id: WordId) -> u64 {
-        self.index(self.rank.region.word(self.rank.map.word(self.lane, id)))
-    }
-
-    /// What word `i` of a token's slot holds.
-    fn word(&self, from: usize, token: u64, i: usize) -> u64 {
-        (token << 16 | (from << 12 | (self.lane as usize) << 8 | self.channel << 4) as u64) * 31 + i as u64
-    }
-
-    fn slot(&self, token: u64) -> usize {
-        Index::new(FIRST + token).get() as usize % SLOTS * PITCH
-    }
-
-    fn push(&self, opcode: u32, count: usize, index: u64) {
-        let (node, index) = (1 - self.rank.rank, Index::new(FIRST + index));
-        self.rank.push(&Command {
-            opcode,
-            lane: self.lane,
-            node,
-            channel: self.channel,
-            count,
-            pitch: PITCH,
-            index,
-        });
-    }
-
-    /// As `SendEnd::room` and `publish_slots`.
-    fn send(&mut self) {
-        let (rank, node) = (self.rank, 1 - self.rank.rank);
-        let head = self.own(WordId::Head { channel: self.channel, node });
-        let chunks = rank.mailbox_map.lanes[self.lane as usize].chunks;
-        let completed = self.index(rank.mailbox.word(chunks + 8 * (self.channel * 2 + node)));
-        let room = SLOTS as u64 - (self.sent - head).max(self.sent - completed);
-        let tokens = room.min(TOKENS - self.sent).min(1 + self.rng.below(4));
-        let mirror = rank.map.ring_place(self.lane, self.channel, 0) - rank.map.rings();
-        for token in self.sent..self.sent + tokens {
-            for i in 0..PITCH / 8 {
-                let at = rank.private_map.send_rings + mirror + self.slot(token) + 8 * i;
-                rank.private.word(at).store(self.word(rank.rank, token, i), Ordering::Relaxed);
-            }
-        }
-        let mut left = tokens as usize;
-        while left > 0 {
-            let piece = left.min(SLOTS - self.slot(self.sent) / PITCH);
-            self.sent += piece as u64;
-            self.push(opcode::CHUNK, piece, self.sent);
-            left -= piece;
-        }
-    }
-
-    fn receive(&mut self) {
-        let (rank, node) = (self.rank, 1 - self.rank.rank);
-        let tail = self.own(WordId::Tail { channel: self.channel, node });
-        let end = tail.min(self.received + 1 + self.rng.below(4));
-        for token in self.received..end {
-            for i in 0..PITCH / 8 {
-                let at = rank.map.ring(self.lane, self.channel, node, rank.rank) + self.slot(token) + 8 * i;
-                let there = rank.region.word(at).load(Ordering::Relaxed);
-                assert_eq!(there, self.word(node, token, i), "word {i} of token {token} of {:?}", self.lane);
-            }
-        }
-        if end > self.received {
-            self.received = end;
-            self.push(opcode::CREDIT, 0, end);
-        }
-    }
-
-    fn is_over(&self) -> bool {
-        self.sent == TOKENS && self.received == TOKENS
-    }
-}
 
 /// All streams of two ranks, whose proxies post to what `rails` makes.
 fn exchange<R: Rail + 'static>(rails: impl FnOnce([&'static Rank; 2]) -> [R; 2]) {
@@ -633,7 +538,7 @@ fn exchange<R: Rail + 'static>(rails: impl FnOnce([&'static Rank; 2]) -> [R; 2])
     let proxies: Vec<_> = ranks.into_iter().zip(rails(ranks)).map(|(rank, rail)| spawn(rank, rail)).collect();
     let warp = |rank: &'static Rank, channel: usize| {
         thread::spawn(move || {
-            let mut streams = LANES.map(|lane| Stream::new(rank, lane, channel));
+            let mut streams = LANES.map(|lane| Stream::new(rank, lane, channel, TOKENS));
             wait_until("all tokens", || {
                 streams.iter_mut().for_each(|stream| {
                     stream.send();

@@ -38,6 +38,11 @@ impl Mapped {
         Self { base, bytes }
     }
 
+    /// Where it begins.
+    pub(crate) fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
     /// Its size.
     pub fn bytes(&self) -> usize {
         self.bytes

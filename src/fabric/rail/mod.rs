@@ -4,6 +4,7 @@
 //! - [`DeviceRail`]: ranks of one process on devices: puts and signals are copies on a stream.
 //! - [`StagedRail`]: the same by way of the host, for devices that don't reach each other.
 //! - [`TcpRail`]: ranks of other processes, over connections that somebody else has made.
+//! - [`VerbsRail`]: ranks in other processes and on other machines, over RDMA.
 //! - [`NullRail`]: builds what a NIC would be given and carries nothing, to measure what posting costs.
 
 mod device;
@@ -12,6 +13,8 @@ mod null;
 mod staged;
 #[cfg(target_os = "linux")]
 mod tcp;
+#[cfg(target_os = "linux")]
+mod verbs;
 
 pub use device::{DeviceRail, Reached};
 pub use local::LocalRail;
@@ -19,6 +22,8 @@ pub use null::{NullRail, WorkRequest, work};
 pub use staged::{Inbox, Outbox, Staged, StagedRail};
 #[cfg(target_os = "linux")]
 pub use tcp::{TcpPeer, TcpRail};
+#[cfg(target_os = "linux")]
+pub use verbs::{NicMemory, VerbsEnd, VerbsError, VerbsRail, VerbsSetup};
 
 use std::time::Instant;
 
