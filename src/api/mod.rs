@@ -24,4 +24,4 @@ pub use pending::{Combined, Dispatched, Failed, Operation, Pending};
 pub use recorded::Recorded;
 pub use world::{LocalWorld, ProcessWorld};
 
-pub use crate::engine::host::JoinError;
+pub use crate::engine::join::JoinError;

@@ -11,7 +11,7 @@ use crate::bootstrap::{Bootstrap, LocalBootstrap};
 use crate::config::{Config, EngineKind};
 use crate::device::Driver;
 use crate::device::cuda::CudaDriver;
-use crate::engine::host::JoinError;
+use crate::engine::join::JoinError;
 use crate::engine::{Engine, cuda, host};
 use crate::error::{ConfigError, Error};
 use crate::fabric::Fabric;

@@ -4,12 +4,13 @@
 //! - [`cuda`]: kernels on devices.
 //! - [`control`], [`completion`], [`pool`]: what both have of a world: faults and resets, how operations end, memory
 //!   to lend.
-//! - [`mesh`]: the control channel between processes.
+//! - [`join`]: how a rank joins a world of processes; [`mesh`]: the control channel between them.
 
 pub mod completion;
 pub mod control;
 pub mod cuda;
 pub mod host;
+pub mod join;
 pub mod mesh;
 pub mod pool;
 

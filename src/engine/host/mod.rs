@@ -9,7 +9,6 @@ mod run;
 mod watch;
 
 pub use port::{CallerBuffers, HostPort};
-pub use process::JoinError;
 pub use run::Run;
 
 use std::collections::VecDeque;
