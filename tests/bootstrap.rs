@@ -10,8 +10,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use railhop::bootstrap::{
-    Address, Agreed, Bootstrap, BootstrapError, Callback, JobKey, Launcher, LocalBootstrap, MAX_GATHER,
-    Member, Operation, Refusal, Step, Store, StoreConfig, VERSION,
+    Address, Agreed, Bootstrap, BootstrapError, Callback, JobKey, Launcher, Local, LocalBootstrap,
+    MAX_GATHER, Member, Operation, Refusal, Step, Store, StoreConfig, VERSION,
 };
 
 const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -767,8 +767,7 @@ fn members_become_configurations() {
     let member = Member {
         rank: 3,
         world_size: 8,
-        local_rank: 1,
-        local_size: 2,
+        local: Some(Local { rank: 1, size: 2 }),
         node: Some(1),
         store: "a:9".parse().unwrap(),
         interface: None,
@@ -791,7 +790,11 @@ fn members_become_configurations() {
     assert_eq!(config.key, JobKey::new(Some(b"s3cret"), "7.1"));
     assert_eq!((config.rank, config.world_size, config.layout, config.is_remote), (3, 8, 5, true));
     assert_eq!((config.address, config.version, config.deadline), (member.store.clone(), VERSION, LONG));
-    let open =
-        StoreConfig::of(&Member { secret_file: None, local_size: 8, ..member.clone() }, 5, LONG).unwrap();
+    let open = StoreConfig::of(
+        &Member { secret_file: None, local: Some(Local { rank: 3, size: 8 }), ..member.clone() },
+        5,
+        LONG,
+    )
+    .unwrap();
     assert_eq!((open.key, open.is_remote), (JobKey::new(None, "7.1"), false));
 }

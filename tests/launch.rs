@@ -187,7 +187,8 @@ fn ranks_are_told_their_place_whatever_the_launcher_was_told() {
         .map(|variables| Member::from_lookup(|name| variables.get(name).cloned()).unwrap())
         .collect();
     for (rank, (member, variables)) in members.iter().zip(&ranks).enumerate() {
-        let place = [member.rank, member.world_size, member.local_rank, member.local_size];
+        let local = member.local.unwrap();
+        let place = [member.rank, member.world_size, local.rank, local.size];
         assert_eq!(place, [rank, 8, rank % 4, 4]);
         assert_eq!(
             (member.launcher, member.interface, &member.secret_file),

@@ -5,9 +5,11 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use super::error::BootstrapError;
 use super::hostlist::{expand_hosts, tasks_of_node};
+use super::{Bootstrap, machine};
 use crate::topology::Topology;
 
 /// Where ports lie that are derived from a job's id: below those that systems give to outgoing connections, and clear
@@ -160,6 +162,15 @@ pub fn derived_port(job_id: &str) -> u16 {
     PORTS.start + (number % PORTS.len() as u64) as u16
 }
 
+/// A process's place on its node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Local {
+    /// Its index there.
+    pub rank: usize,
+    /// Number of ranks there.
+    pub size: usize,
+}
+
 /// A process's place in a job, as its launcher says it:
 ///
 /// | | torchrun | Open MPI | MPICH, Intel MPI | Slurm | overrides all |
@@ -181,10 +192,8 @@ pub struct Member {
     pub rank: usize,
     /// Number of ranks.
     pub world_size: usize,
-    /// Its index on its node.
-    pub local_rank: usize,
-    /// Number of ranks on its node.
-    pub local_size: usize,
+    /// Its place on its node, where the launcher says it.
+    pub local: Option<Local>,
     /// Its node, where the launcher says it.
     pub node: Option<usize>,
     /// Where rank 0 serves the store.
@@ -223,17 +232,18 @@ impl Member {
     /// Set them where all of [`Member::variables`] have been removed: [`Member::from_environment`] then gives this
     /// member there, with its `node` left out and [`Launcher::Explicit`] in its `launcher`.
     pub fn explicit_variables(&self) -> Vec<(&'static str, String)> {
+        let local = self.local.into_iter().flat_map(|local| {
+            [("RAILHOP_LOCAL_RANK", local.rank.to_string()), ("RAILHOP_LOCAL_SIZE", local.size.to_string())]
+        });
         let always = [
             ("RAILHOP_RANK", self.rank.to_string()),
             ("RAILHOP_WORLD_SIZE", self.world_size.to_string()),
-            ("RAILHOP_LOCAL_RANK", self.local_rank.to_string()),
-            ("RAILHOP_LOCAL_SIZE", self.local_size.to_string()),
             (STORE, self.store.to_string()),
             (JOB_ID, self.job_id.clone()),
         ];
         let interface = self.interface.map(|address| (INTERFACE, address.to_string()));
         let secret = self.secret_file.as_ref().map(|path| (SECRET_FILE, path.display().to_string()));
-        always.into_iter().chain(interface).chain(secret).collect()
+        always.into_iter().chain(local).chain(interface).chain(secret).collect()
     }
 
     /// All variables by which a launcher is recognised or a member's place is known.
@@ -246,10 +256,31 @@ impl Member {
         places.chain([STORE, JOB_ID, INTERFACE, SECRET_FILE])
     }
 
-    /// The world's shape: as many ranks on each node as on this one.
+    /// Whether some ranks may run on other machines.
+    pub fn is_remote(&self) -> bool {
+        self.local.is_none_or(|local| local.size < self.world_size)
+    }
+
+    /// The world's shape: as many ranks on each node as on this one. Where the launcher does not say it, those that can
+    /// share memory are a node: then all ranks exchange who they are by `bootstrap`.
     ///
     /// # Errors
-    /// Ranks are not numbered node by node, or nodes differ in size, so far as this rank can see; a shape that
+    /// As for [`Member::topology`]; the exchange fails.
+    pub fn find_topology(
+        &self,
+        bootstrap: &mut dyn Bootstrap,
+        deadline: Duration,
+    ) -> Result<Topology, BootstrapError> {
+        match self.local {
+            Some(_) => self.topology(),
+            None => machine::topology(bootstrap, deadline),
+        }
+    }
+
+    /// The world's shape as the launcher says it: as many ranks on each node as on this one.
+    ///
+    /// # Errors
+    /// The launcher does not say it; ranks are not numbered node by node, or nodes differ in size, so far as this rank can see; a shape that
     /// [`Topology::new`] refuses.
     pub fn topology(&self) -> Result<Topology, BootstrapError> {
         let refuse = |variable: &str, value: usize, reason: String| BootstrapError::Environment {
@@ -257,19 +288,24 @@ impl Member {
             value: Some(value.to_string()),
             reason,
         };
-        if !self.world_size.is_multiple_of(self.local_size) {
+        let Some(local) = self.local else {
+            let (variable, reason) =
+                (self.source().local_size_name().into(), "it is needed to know the nodes".into());
+            return Err(BootstrapError::Environment { variable, value: None, reason });
+        };
+        if !self.world_size.is_multiple_of(local.size) {
             let reason = format!("{} ranks are not so many on each node", self.world_size);
-            return Err(refuse(self.source().local_size_name(), self.local_size, reason));
+            return Err(refuse(self.source().local_size_name(), local.size, reason));
         }
-        let topology = Topology::new(self.world_size / self.local_size, self.local_size)?;
+        let topology = Topology::new(self.world_size / local.size, local.size)?;
         let expected = topology.local_of(self.rank);
-        if expected != self.local_rank {
+        if expected != local.rank {
             let reason = format!(
                 "rank {} should be {expected} on its node: ranks must be numbered node by node (srun \
                  --distribution=block, mpirun --map-by slot)",
                 self.rank
             );
-            return Err(refuse(self.source().local_rank_name(), self.local_rank, reason));
+            return Err(refuse(self.source().local_rank_name(), local.rank, reason));
         }
         Ok(topology)
     }
@@ -356,16 +392,11 @@ impl Variables<'_> {
     fn member(&self, source: &Source) -> Result<Member, BootstrapError> {
         let (rank, size) = (self.needed(source.rank)?, self.needed(source.world_size)?);
         let node = self.number(source.node)?;
-        let (local_rank, local_size) = (self.needed(source.local_rank)?, self.local_size(source, node)?);
         self.check(rank, size)?;
-        self.check(local_rank, local_size)?;
-        if local_size.value > size.value {
-            let reason = format!("more ranks on a node than {} = {}", size.name, size.value);
-            return Err(self.refuse(local_size.name, reason));
-        }
+        let local = self.local(source, node, size)?;
         let job_id = self.job_id(source.launcher);
         let secret_file = self.get(SECRET_FILE).map(PathBuf::from);
-        let is_local = local_size.value == size.value;
+        let is_local = local.is_some_and(|local| local.size == size.value);
         let store = self.store(source.launcher, job_id.as_deref(), is_local)?;
         if job_id.is_none() && secret_file.is_none() {
             let reason = "nothing tells this job from others: set it to a name of its own, the same on all ranks, \
@@ -375,8 +406,7 @@ impl Variables<'_> {
         Ok(Member {
             rank: rank.value,
             world_size: size.value,
-            local_rank: local_rank.value,
-            local_size: local_size.value,
+            local,
             node: node.map(|node| node.value),
             store,
             interface: self.interface()?,
@@ -384,6 +414,26 @@ impl Variables<'_> {
             job_id: job_id.unwrap_or_default(),
             launcher: source.launcher,
         })
+    }
+
+    /// The place on the node, if anything is said of it.
+    fn local(
+        &self,
+        source: &Source,
+        node: Option<Number>,
+        world: Number,
+    ) -> Result<Option<Local>, BootstrapError> {
+        if self.first(source.local_rank).is_none() && self.first(source.local_size).is_none() {
+            // A world of one has no other place.
+            return Ok((world.value == 1).then_some(Local { rank: 0, size: 1 }));
+        }
+        let (rank, size) = (self.needed(source.local_rank)?, self.local_size(source, node)?);
+        self.check(rank, size)?;
+        if size.value > world.value {
+            let reason = format!("more ranks on a node than {} = {}", world.name, world.value);
+            return Err(self.refuse(size.name, reason));
+        }
+        Ok(Some(Local { rank: rank.value, size: size.value }))
     }
 
     fn local_size(&self, source: &Source, node: Option<Number>) -> Result<Number, BootstrapError> {
@@ -530,7 +580,8 @@ mod tests {
         RAILHOP_STORE=[fd00::2]:7777 RAILHOP_SECRET_FILE=/run/secret RAILHOP_INTERFACE=fd00::3";
 
     fn place(member: &Member) -> [usize; 4] {
-        [member.rank, member.world_size, member.local_rank, member.local_size]
+        let local = member.local.unwrap();
+        [member.rank, member.world_size, local.rank, local.size]
     }
 
     #[test]
@@ -555,7 +606,7 @@ mod tests {
         assert_eq!(got.topology().unwrap(), Topology::new(4, 2).unwrap());
         // A node that is larger than the others.
         let uneven = member(&format!("{SLURM} SLURM_STEP_TASKS_PER_NODE=1(x2),5,1")).unwrap();
-        assert_eq!(uneven.local_size, 5);
+        assert_eq!(uneven.local.unwrap().size, 5);
         assert!(matches!(uneven.topology(), Err(BootstrapError::Environment { variable, .. })
             if variable == "SLURM_STEP_TASKS_PER_NODE"));
         // All on one node: nothing leaves the machine.
@@ -617,7 +668,11 @@ mod tests {
         assert_eq!(got.store, Address { host: "127.0.0.1".into(), port: derived_port("j") });
         let nested = member(&format!("{SLURM} {MPICH} RAILHOP_JOB_ID=j")).unwrap();
         assert_eq!((nested.launcher, nested.rank), (Launcher::Mpich, 3));
-        blames("PMI_RANK=0 PMI_SIZE=1", "RAILHOP_LOCAL_RANK", None);
+        assert_eq!(place(&member("PMI_RANK=0 PMI_SIZE=1 RAILHOP_JOB_ID=j").unwrap()), [0, 1, 0, 1]);
+        // Where nothing is said of nodes, rank 0 may be anywhere.
+        blames("PMI_RANK=0 PMI_SIZE=2 RAILHOP_JOB_ID=j", "RAILHOP_STORE", None);
+        let scattered = member("PMI_RANK=0 PMI_SIZE=2 RAILHOP_JOB_ID=j RAILHOP_STORE=a:9").unwrap();
+        assert!(scattered.local.is_none() && scattered.is_remote() && scattered.topology().is_err());
     }
 
     #[test]

@@ -27,6 +27,7 @@ mod handshake;
 mod hostlist;
 mod hub;
 mod local;
+pub(crate) mod machine;
 mod server;
 mod store;
 
@@ -34,7 +35,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 pub use callback::Callback;
-pub use environment::{Address, Launcher, Member, PORTS, derived_port};
+pub use environment::{Address, Launcher, Local, Member, PORTS, derived_port};
 pub use error::{Agreed, BootstrapError, Operation, Refusal, Step};
 pub use frame::MAX_GATHER;
 pub use handshake::{JobKey, VERSION};

@@ -58,7 +58,7 @@ impl StoreConfig {
             world_size: member.world_size,
             address: member.store.clone(),
             interface: member.interface,
-            is_remote: member.local_size < member.world_size,
+            is_remote: member.is_remote(),
             key: JobKey::new(secret.as_deref(), &member.job_id),
             layout,
             version: VERSION,

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::control::Control;
 use super::mesh::Mesh;
-use crate::bootstrap::{Bootstrap, BootstrapError};
+use crate::bootstrap::{Bootstrap, BootstrapError, machine};
 use crate::config::{Carrier, Config};
 use crate::error::ConfigError;
 use crate::fabric::connect::{Address, Door, Links, World as Whom};
@@ -50,7 +50,9 @@ pub enum JoinError {
         ours: String,
     },
     /// Two ranks of a node can't share memory.
-    #[error("ranks {0} and {1} are on one node by the configuration, but not on one machine")]
+    #[error(
+        "ranks {0} and {1} are on one node by the configuration, but not on one machine and in one network namespace"
+    )]
     NotOneNode(usize, usize),
     /// A rank can't do its part.
     #[error("rank {rank}: {reason}")]
@@ -248,7 +250,7 @@ impl Joining<'_> {
         let card = Card {
             agreement: config.agreement(),
             summary: config.summary(),
-            machine: machine().map_err(|error| format!("the machine has no name: {error}"))?,
+            machine: machine::identity().map_err(|error| format!("the machine has no name: {error}"))?,
             address: door.address().clone(),
             shared: member.shared().iter().map(|(_, bytes)| *bytes).collect(),
             connections: config.network().connections,
@@ -398,11 +400,6 @@ impl Neighbours<'_> {
         };
         open().map(|(rank, socket)| receive(rank, socket)).collect()
     }
-}
-
-/// What the processes of one running system have in common, and no others.
-fn machine() -> std::io::Result<String> {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|id| id.trim().to_string())
 }
 
 /// The address from which this machine reaches others, if it has one. Nothing is sent.

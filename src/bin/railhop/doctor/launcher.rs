@@ -20,14 +20,16 @@ pub fn findings(lookup: impl Fn(&str) -> Option<String>) -> Vec<Finding> {
 }
 
 fn place(member: &Member) -> Finding {
-    let Member { rank, world_size, local_rank, local_size, node, launcher, .. } = member;
+    let Member { rank, world_size, local, node, launcher, .. } = member;
     let by = match launcher {
         Launcher::Explicit => "RAILHOP_RANK and its kin".to_string(),
         known => known.to_string(),
     };
-    let value = format!("rank {rank} of {world_size}, {local_rank} of {local_size} on its node, by {by}");
+    let on_node =
+        local.map_or("somewhere".into(), |local| format!("{} of {} on its node", local.rank, local.size));
+    let value = format!("rank {rank} of {world_size}, {on_node}, by {by}");
     Finding::ok(Topic::Launcher, "place", value).with(json!({
-        "rank": rank, "world_size": world_size, "local_rank": local_rank, "local_size": local_size, "node": node,
+        "rank": rank, "world_size": world_size, "local_rank": local.map(|local| local.rank), "local_size": local.map(|local| local.size), "node": node,
         "launcher": launcher.to_string(),
     }))
 }
@@ -45,9 +47,8 @@ fn store(member: &Member) -> Finding {
         "address": member.store.to_string(), "interface": member.interface.map(|address| address.to_string()),
         "has_job_id": has_id, "has_secret": has_secret,
     }));
-    let is_remote = member.local_size < member.world_size;
     finding.warn_if(
-        is_remote && !has_secret && member.launcher != Launcher::Explicit,
+        member.is_remote() && !has_secret && member.launcher != Launcher::Explicit,
         "launchers' job ids can be guessed: where others share the network, give all ranks a RAILHOP_SECRET_FILE",
     )
 }

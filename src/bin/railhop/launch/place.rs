@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
 
 use railhop::Topology;
-use railhop::bootstrap::{Address, Launcher, Member, derived_port};
+use railhop::bootstrap::{Address, Launcher, Local, Member, derived_port};
 
 /// Job ids that are tried for a port that is free.
 const ATTEMPTS: usize = 1000;
@@ -43,8 +43,7 @@ impl Job {
         Member {
             rank,
             world_size: self.topology.world_size(),
-            local_rank: self.topology.local_of(rank),
-            local_size: self.topology.ranks_per_node(),
+            local: Some(Local { rank: self.topology.local_of(rank), size: self.topology.ranks_per_node() }),
             node: None,
             store: self.store.clone(),
             interface: self.addresses.as_ref().map(|addresses| IpAddr::V4(addresses[node])),
