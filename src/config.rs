@@ -167,6 +167,9 @@ pub struct Config {
 }
 
 impl Config {
+    /// The deadline of every wait, if nothing else is said.
+    pub const DEADLINE: Duration = Duration::from_secs(100);
+
     /// Starts from the defaults for `topology`; at least [`ConfigBuilder::experts`] must follow.
     pub fn builder(topology: Topology) -> ConfigBuilder {
         ConfigBuilder {
@@ -183,7 +186,7 @@ impl Config {
                 ring_slots: 16,
                 worker_budget: std::thread::available_parallelism().map_or(1, |n| n.get()),
                 pool_bytes: 256 << 20,
-                deadline: Duration::from_secs(100),
+                deadline: Self::DEADLINE,
                 first_index: 0,
                 engine: EngineKind::Host,
                 network: Network::default(),

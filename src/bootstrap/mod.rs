@@ -9,7 +9,7 @@
 //! use railhop::bootstrap::{Bootstrap, Member, Store, StoreConfig};
 //!
 //! let member = Member::from_environment()?;
-//! let mut store = Store::connect(&StoreConfig::of(&member, /* layout */ 7, Duration::from_secs(100))?)?;
+//! let mut store = Store::connect(&StoreConfig::of(&member, railhop::wire::layout(), Duration::from_secs(100))?)?;
 //! let names = store.all_gather(b"what the others must know", Duration::from_secs(100))?;
 //! assert_eq!(names.len(), member.world_size);
 //! # Ok::<(), railhop::bootstrap::BootstrapError>(())

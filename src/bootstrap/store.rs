@@ -38,7 +38,8 @@ pub struct StoreConfig {
     pub is_remote: bool,
     /// What tells ranks of this job from others.
     pub key: JobKey,
-    /// What ranks must agree on beside the version, as one number: a hash of configuration and wire layout.
+    /// What ranks must agree on beside the version, as one number: [`layout`](crate::wire::layout) for a
+    /// [`ProcessWorld`](crate::ProcessWorld).
     pub layout: u64,
     /// Version of the library; [`VERSION`] but in tests.
     pub version: u64,

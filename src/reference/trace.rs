@@ -76,6 +76,18 @@ impl Trace {
         Ok(Self { num_experts, topk: num_topk, hidden, x, topk_idx, topk_weights })
     }
 
+    /// Its content as one number: processes that replay the same trace have it in common.
+    pub fn fingerprint(&self) -> u64 {
+        let mut hasher = blake3::Hasher::new();
+        for number in [self.num_experts, self.topk, self.hidden] {
+            hasher.update(&(number as u64).to_le_bytes());
+        }
+        hasher.update(bytemuck::cast_slice(&self.x));
+        hasher.update(bytemuck::cast_slice(&self.topk_idx));
+        hasher.update(bytemuck::cast_slice(&self.topk_weights));
+        u64::from_le_bytes(*hasher.finalize().as_bytes().first_chunk().expect("32 bytes"))
+    }
+
     /// Number of rows, N.
     pub fn rows(&self) -> usize {
         self.x.len() / self.hidden

@@ -26,6 +26,12 @@ pub const ROW_ALIGN: usize = 16;
 /// Distance of things written by different ranks: a line is never shared by two writers.
 pub const LINE: usize = 64;
 
+/// All of it as one number: what processes must have in common to be ranks of one world.
+pub fn layout() -> u64 {
+    let hash = blake3::hash(kernel::header().as_bytes());
+    u64::from_le_bytes(*hash.as_bytes().first_chunk().expect("32 bytes"))
+}
+
 /// `n` rounded up to a multiple of `align`.
 pub const fn align_up(n: usize, align: usize) -> usize {
     n.div_ceil(align) * align

@@ -2,7 +2,7 @@
 //! against NCCL.
 
 use std::error::Error;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,16 +14,15 @@ use railhop::device::Driver;
 use railhop::device::cuda::CudaDriver;
 use railhop::wire::region::LANES;
 use railhop::wire::shape::{CombineSlot, DispatchSlot, RecvLayout};
-use railhop::{
-    Communicator, Config, ConfigBuilder, Handle, LocalWorld, RecvBuffer, Routing, RowFormat, RowShape,
-    Topology,
-};
+use railhop::{Communicator, Config, ConfigBuilder, Handle, RecvBuffer, Routing, RowFormat, RowShape};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::inputs::Inputs;
 use crate::meeting::Meeting;
 use crate::nccl;
 use crate::options::{self, Format, Tuning};
+use crate::world::{Place, Work, WorldArgs};
 
 /// Bytes each copier copies at a time: so many that memcpy streams, for the bound is to be the best rate.
 const COPY_BYTES: usize = 256 << 20;
@@ -36,15 +35,11 @@ const PHASES: [&str; 4] = ["plan", "dispatch", "combine", "total"];
 
 type Failure = Box<dyn Error + Send + Sync>;
 
-/// Uniform random routing on an in-process world.
+/// Uniform random routing on a world of threads, or of processes that a launcher has started.
 #[derive(Debug, clap::Args)]
 pub struct BenchArgs {
-    /// Nodes of the world
-    #[arg(long, default_value_t = 2)]
-    nodes: usize,
-    /// Ranks of each node
-    #[arg(long, default_value_t = 4)]
-    ranks_per_node: usize,
+    #[command(flatten)]
+    world: WorldArgs,
     /// Tokens of each rank
     #[arg(long, default_value_t = 512)]
     tokens: usize,
@@ -111,12 +106,14 @@ impl BenchArgs {
     /// What the configuration starts from, and by rank its device: none on the host.
     fn start(
         &self,
-        topology: Topology,
+        place: &Place,
         shape: RowShape,
     ) -> Result<(ConfigBuilder, Vec<Arc<dyn Driver>>), Failure> {
-        let builder = Config::builder(topology).experts(self.experts).max_tokens(self.tokens);
+        let builder = place.builder().experts(self.experts).max_tokens(self.tokens);
         let builder = builder.max_hidden(self.hidden).max_topk(self.topk);
         let Some(devices) = self.engine.cuda() else { return Ok((self.tuning.apply(builder), Vec::new())) };
+        place.require_threads("--engine cuda")?;
+        let topology = place.topology;
         let ranks = (0..topology.world_size()).zip(devices.iter().cycle());
         let open = |(_, &device): (usize, _)| Ok(CudaDriver::open(device)? as Arc<dyn Driver>);
         let drivers = ranks.map(open).collect::<Result<Vec<_>, railhop::Error>>()?;
@@ -144,13 +141,11 @@ fn hardware(drivers: &[Arc<dyn Driver>]) -> Hardware {
 
 /// Runs the benchmark and prints its report.
 pub fn run(args: &BenchArgs) -> Result<(), Failure> {
-    args.check()?;
-    let bench = Bench::new(args)?;
-    // First: what it lacks is known at once.
-    let baseline = args.baseline.map(|Baseline::Nccl| bench.nccl(args)).transpose()?;
-    let mut report = bench.measure()?.report(&bench);
-    if let Some(baseline) = baseline {
-        report["baseline"] = bench.compare(&baseline, &report);
+    let world = args.world.world(args.tuning.deadline())?;
+    let Some((bench, ranks)) = world.run(|place| Bench::new(args, &place))? else { return Ok(()) };
+    let mut report = Measured::new(ranks).report(&bench);
+    if let Some(baseline) = &bench.baseline {
+        report["baseline"] = bench.compare(baseline, &report);
     }
     match args.json {
         true => println!("{report}"),
@@ -163,6 +158,7 @@ struct Bench {
     config: Config,
     shape: RowShape,
     iters: usize,
+    seed: u64,
     topk_idx: Vec<Vec<i64>>,
     topk_weights: Vec<Vec<f32>>,
     /// By rank, the rows it receives.
@@ -170,24 +166,32 @@ struct Bench {
     tokens: usize,
     /// By rank, its device; empty on the host.
     drivers: Vec<Arc<dyn Driver>>,
+    /// Threads whose copies the bound is made of; none where there is no such bound.
+    copiers: Option<usize>,
+    /// What a peer takes, as [`PHASES`].
+    baseline: Option<[Vec<Duration>; 4]>,
 }
 
 impl Bench {
-    fn new(args: &BenchArgs) -> Result<Self, Failure> {
-        let topology = Topology::new(args.nodes, args.ranks_per_node)?;
-        let world = topology.world_size();
+    fn new(args: &BenchArgs, place: &Place) -> Result<Self, Failure> {
+        args.check()?;
+        let world = place.topology.world_size();
         let shape = RowShape { hidden: args.hidden, topk: args.topk, format: args.format.row_format() };
-        let (builder, drivers) = args.start(topology, shape)?;
+        let (builder, drivers) = args.start(place, shape)?;
         let (topk_idx, topk_weights) = (0..world).map(|rank| random_routing(args, rank)).unzip();
+        let config = builder.clone().build()?;
         let mut bench = Self {
-            config: builder.clone().build()?,
+            copiers: place.workers(&config).filter(|_| drivers.is_empty()),
+            config,
             shape,
             rows: vec![0; world],
             iters: args.iters,
+            seed: args.seed,
             topk_idx,
             topk_weights,
             tokens: args.tokens,
             drivers,
+            baseline: None,
         };
         let mut received = vec![0; world];
         bench.destinations().for_each(|(_, ranks)| ranks.into_iter().for_each(|rank| received[rank] += 1));
@@ -197,6 +201,11 @@ impl Bench {
         let pool = RecvLayout::new(shape, rows).bytes + RecvLayout::new(bf16, rows).bytes;
         let pool = pool + options::pool_for_operations(&bench.config, shape, args.tokens);
         bench.config = builder.pool_bytes(pool).build()?;
+        if let Some(Baseline::Nccl) = args.baseline {
+            place.require_threads("--baseline nccl")?;
+            // First: what it lacks is known at once.
+            bench.baseline = Some(bench.nccl(args)?);
+        }
         Ok(bench)
     }
 
@@ -212,30 +221,6 @@ impl Bench {
                 (rank, ranks)
             })
         })
-    }
-
-    fn measure(&self) -> Result<Measured, Failure> {
-        let meeting = Meeting::new(self.config.topology().world_size());
-        let copiers =
-            self.drivers.is_empty().then(|| Copiers::new(self.config.worker_budget())).transpose()?;
-        let copiers = Mutex::new((copiers, Vec::new()));
-        let ranks = LocalWorld::new(self.config.clone())?.run(|communicator| {
-            let mut rank = Rank::new(self, communicator, &meeting)?;
-            let iteration = |_| {
-                if rank.communicator.rank() == 0 {
-                    let (copiers, rates) = &mut *copiers.lock().expect("copying does not panic");
-                    rates.extend(copiers.as_mut().map(Copiers::rate));
-                }
-                let [plan, dispatch, combine] = rank.phases()?;
-                Some([plan, dispatch, combine, rank.total()?])
-            };
-            (0..WARMUPS + self.iters).map(iteration).collect::<Option<Vec<_>>>()
-        });
-        meeting.outcome()?;
-        let ranks: Vec<Vec<_>> = ranks.into_iter().flatten().collect();
-        let (_, rates) = copiers.into_inner().expect("copying does not panic");
-        let copy_gbs = (!rates.is_empty()).then(|| median(rates));
-        Ok(Measured { phases: slowest(&ranks), copy_gbs })
     }
 
     /// The tokens of a rank.
@@ -284,6 +269,48 @@ impl Bench {
     }
 }
 
+impl Work for Bench {
+    type Outcome = Timed;
+
+    fn agreement(&self) -> String {
+        let (topology, RowShape { hidden, topk, format }) = (self.config.topology(), self.shape);
+        format!(
+            "{}x{} ranks, {} tokens of hidden {hidden}, top-{topk} of {}, {format:?}, seed {}, {} iterations",
+            topology.nodes(),
+            topology.ranks_per_node(),
+            self.tokens,
+            self.config.placement().num_experts(),
+            self.seed,
+            self.iters,
+        )
+    }
+
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn rank(&self, communicator: Communicator, meeting: &mut Meeting) -> Result<Timed, Failure> {
+        let copiers = self.copiers.filter(|_| communicator.rank() == 0).map(Copiers::new).transpose();
+        let mut copiers = meeting.join(copiers.map_err(|error| error.to_string()))?;
+        let mut rank = Rank::new(self, communicator, meeting)?;
+        let mut timed = Timed::default();
+        for _ in 0..WARMUPS + self.iters {
+            timed.copy_gbs.extend(copiers.as_mut().map(Copiers::rate));
+            timed.phases.push(rank.iteration()?);
+        }
+        Ok(timed)
+    }
+}
+
+/// What a rank measures.
+#[derive(Default, Serialize, Deserialize)]
+struct Timed {
+    /// By iteration, as [`PHASES`].
+    phases: Vec<[Duration; 4]>,
+    /// Rates of copies, on the rank that copies.
+    copy_gbs: Vec<f64>,
+}
+
 /// Per phase, the slowest rank's time of each iteration after the warm-up.
 fn slowest(ranks: &[Vec<[Duration; 4]>]) -> [Vec<Duration>; 4] {
     let iterations = ranks.iter().map(Vec::len).min().unwrap_or(0);
@@ -324,10 +351,15 @@ fn random_routing(args: &BenchArgs, rank: usize) -> (Vec<i64>, Vec<f32>) {
     (topk_idx, topk_weights)
 }
 
-/// One rank with the buffers it uses again and again, as a training loop does.
+/// One rank, and where it meets the others.
 struct Rank<'a> {
+    meeting: &'a mut Meeting,
+    layer: Layer<'a>,
+}
+
+/// A layer with the buffers it uses again and again, as a training loop does.
+struct Layer<'a> {
     communicator: Communicator,
-    meeting: &'a Meeting,
     inputs: Inputs<'a>,
     buffers: Buffers,
 }
@@ -339,42 +371,35 @@ struct Buffers {
 }
 
 impl<'a> Rank<'a> {
-    fn new(bench: &'a Bench, communicator: Communicator, meeting: &'a Meeting) -> Option<Self> {
+    fn new(bench: &'a Bench, communicator: Communicator, meeting: &'a mut Meeting) -> Result<Self, String> {
         let rank = communicator.rank();
         let buffers = Buffers::new(&communicator, bench.rows[rank], bench.shape);
-        let buffers = meeting.join(rank, buffers.map_err(|error| error.to_string()))?;
+        let buffers = meeting.join(buffers.map_err(|error| error.to_string()))?;
         let (topk_idx, topk_weights) = (&bench.topk_idx[rank], &bench.topk_weights[rank]);
         let routing = Routing { topk: bench.shape.topk, topk_idx, topk_weights };
         let inputs = Inputs::new(bench.drivers.get(rank), routing, bench.x());
-        let inputs = meeting.join(rank, inputs.map_err(|error| error.to_string()))?;
-        Some(Self { communicator, meeting, inputs, buffers })
+        let inputs = meeting.join(inputs.map_err(|error| error.to_string()))?;
+        Ok(Self { meeting, layer: Layer { communicator, inputs, buffers } })
     }
 
-    /// One iteration with a meeting around each phase.
-    fn phases(&mut self) -> Option<[Duration; 3]> {
-        let (handle, plan) = self.timed(|rank| rank.inputs.plan(&mut rank.communicator))?;
-        let ((), dispatch) = self.timed(|rank| rank.dispatch(&handle))?;
-        let ((), combine) = self.timed(|rank| rank.combine(&handle))?;
-        Some([plan, dispatch, combine])
+    /// As [`PHASES`]: one iteration with a meeting around each phase, and one without.
+    fn iteration(&mut self) -> Result<[Duration; 4], String> {
+        let Self { meeting, layer } = self;
+        let (handle, plan) = meeting.timed(|| layer.plan())?;
+        let ((), dispatch) = meeting.timed(|| layer.dispatch(&handle))?;
+        let ((), combine) = meeting.timed(|| layer.combine(&handle))?;
+        let ((), total) = meeting.timed(|| {
+            let handle = layer.plan()?;
+            layer.dispatch(&handle)?;
+            layer.combine(&handle)
+        })?;
+        Ok([plan, dispatch, combine, total])
     }
+}
 
-    /// One iteration without.
-    fn total(&mut self) -> Option<Duration> {
-        let whole = |rank: &mut Self| {
-            let handle = rank.inputs.plan(&mut rank.communicator)?;
-            rank.dispatch(&handle)?;
-            rank.combine(&handle)
-        };
-        self.timed(whole).map(|((), time)| time)
-    }
-
-    /// Does `work` when all ranks are there; its time, if all did it.
-    fn timed<T>(
-        &mut self,
-        work: impl FnOnce(&mut Self) -> Result<T, railhop::Error>,
-    ) -> Option<(T, Duration)> {
-        let (rank, meeting) = (self.communicator.rank(), self.meeting);
-        meeting.timed(rank, || work(self))
+impl Layer<'_> {
+    fn plan(&mut self) -> Result<Handle, railhop::Error> {
+        self.inputs.plan(&mut self.communicator)
     }
 
     fn dispatch(&mut self, handle: &Handle) -> Result<(), railhop::Error> {
@@ -441,6 +466,14 @@ struct Measured {
 }
 
 impl Measured {
+    /// Of what each rank measured.
+    fn new(ranks: Vec<Timed>) -> Self {
+        let (phases, rates): (Vec<_>, Vec<_>) =
+            ranks.into_iter().map(|rank| (rank.phases, rank.copy_gbs)).unzip();
+        let rates = rates.concat();
+        Self { phases: slowest(&phases), copy_gbs: (!rates.is_empty()).then(|| median(rates)) }
+    }
+
     fn report(&self, bench: &Bench) -> Value {
         let topology = bench.config.topology();
         let (shape, topk) = (bench.shape, bench.shape.topk);

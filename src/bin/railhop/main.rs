@@ -11,6 +11,7 @@ mod nccl;
 mod options;
 mod plan;
 mod replay;
+mod world;
 
 use std::error::Error;
 use std::panic;

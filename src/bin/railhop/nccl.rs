@@ -18,7 +18,6 @@ use std::ffi::CString;
 use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use cudarc::driver::{
@@ -30,7 +29,7 @@ use cudarc::nvrtc::result::{NvrtcError, compile_program, create_program, destroy
 use cudarc::nvrtc::{Ptx, sys as compiler};
 use half::bf16;
 
-use crate::meeting::Meeting;
+use crate::meeting::{self, Meeting};
 
 const KERNELS: &str = include_str!("nccl.cu");
 
@@ -81,21 +80,14 @@ impl Job<'_> {
     pub fn measure(&self) -> Result<Times, Box<dyn Error + Send + Sync>> {
         let devices = self.find_devices().map_err(|missing| format!("--baseline nccl: {missing}"))?;
         let id = Id::new().map_err(nccl("ncclGetUniqueId"))?;
-        let meeting = Meeting::new(self.ranks);
-        let run = |rank: usize| -> Option<Vec<_>> {
-            let device = meeting.join(rank, Device::new(self, rank, devices[rank]))?;
-            let mut this = meeting.join(rank, Rank::join(device, id))?;
-            let iterations = (0..self.iters).map(|_| this.iteration(&meeting));
-            let times = iterations.collect::<Option<Vec<_>>>()?;
-            meeting.join(rank, this.verify())?;
-            Some(times)
+        let run = |rank: usize, meeting: &mut Meeting| -> Result<Vec<_>, String> {
+            let device = meeting.join(Device::new(self, rank, devices[rank]))?;
+            let mut this = meeting.join(Rank::join(device, id))?;
+            let times = (0..self.iters).map(|_| this.iteration(meeting)).collect::<Result<_, _>>()?;
+            meeting.join(this.verify())?;
+            Ok(times)
         };
-        let times: Vec<_> = thread::scope(|scope| {
-            let threads: Vec<_> = (0..self.ranks).map(|rank| scope.spawn(move_into(&run, rank))).collect();
-            threads.into_iter().map(|thread| thread.join().expect("a rank panicked")).collect()
-        });
-        meeting.outcome()?;
-        Ok(times.into_iter().flatten().collect())
+        Ok(meeting::on_threads((0..self.ranks).collect(), self.deadline, run)?)
     }
 
     /// By rank, its device, if all that is needed is here.
@@ -135,11 +127,6 @@ impl Job<'_> {
     fn rows(&self, home: usize, target: usize) -> usize {
         (0..self.tokens()).filter(|&token| self.targets(home, token).contains(&target)).count()
     }
-}
-
-/// `run(rank)`, for a thread that borrows `run`.
-fn move_into<T>(run: &impl Fn(usize) -> T, rank: usize) -> impl FnOnce() -> T {
-    move || run(rank)
 }
 
 /// What is to be opened at run time is here.
@@ -388,19 +375,18 @@ impl<'a> Rank<'a> {
     }
 
     /// The phases with a meeting around each, then all without.
-    fn iteration(&mut self, meeting: &Meeting) -> Option<[Duration; 4]> {
-        let rank = self.device.rank;
-        let ((), plan) = meeting.timed(rank, || self.plan())?;
-        let ((), dispatch) = meeting.timed(rank, || self.dispatch().and_then(|()| self.device.finish()))?;
-        let ((), combine) = meeting.timed(rank, || self.combine().and_then(|()| self.device.finish()))?;
+    fn iteration(&mut self, meeting: &mut Meeting) -> Result<[Duration; 4], String> {
+        let ((), plan) = meeting.timed(|| self.plan())?;
+        let ((), dispatch) = meeting.timed(|| self.dispatch().and_then(|()| self.device.finish()))?;
+        let ((), combine) = meeting.timed(|| self.combine().and_then(|()| self.device.finish()))?;
         let whole = || {
             self.plan()?;
             self.dispatch()?;
             self.combine()?;
             self.device.finish()
         };
-        let ((), total) = meeting.timed(rank, whole)?;
-        Some([plan, dispatch, combine, total])
+        let ((), total) = meeting.timed(whole)?;
+        Ok([plan, dispatch, combine, total])
     }
 
     fn plan(&mut self) -> Result<(), String> {

@@ -1,11 +1,12 @@
 //! Options that the commands share.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use clap::ValueEnum;
 use railhop::budget::Overrides;
 use railhop::wire::device::HandleMap;
-use railhop::{Config, ConfigBuilder, EngineKind, RowFormat, RowShape, ScaleFormat};
+use railhop::{Carrier, Config, ConfigBuilder, EngineKind, Network, RowFormat, RowShape, ScaleFormat, Verbs};
 
 /// The format rows are dispatched in.
 #[derive(Debug, Clone, Copy, clap::Args)]
@@ -108,15 +109,21 @@ pub struct Tuning {
     /// Slots per ring, a power of two
     #[arg(long)]
     ring_slots: Option<usize>,
-    /// Threads that drive the roles of all ranks
+    /// Threads that drive the roles of all ranks of a process [default: the cores, shared by the processes of a machine]
     #[arg(long)]
     workers: Option<usize>,
-    /// Deadline of every wait, in seconds
-    #[arg(long)]
+    /// Deadline of every wait, in seconds; 0 is none that could be kept [default: 100]
+    #[arg(long, visible_alias = "deadline")]
     deadline_s: Option<f64>,
 }
 
 impl Tuning {
+    /// The deadline of every wait.
+    pub fn deadline(&self) -> Duration {
+        let given = |seconds| Duration::try_from_secs_f64(seconds).unwrap_or(Duration::ZERO);
+        self.deadline_s.map_or(Config::DEADLINE, given)
+    }
+
     /// The part of it that a budget is derived around.
     pub fn overrides(&self) -> Overrides {
         let Self { channels, chunk_tokens, ring_slots, .. } = *self;
@@ -134,10 +141,76 @@ impl Tuning {
         builder = set(builder, self.channels, ConfigBuilder::channels);
         builder = set(builder, self.chunk_tokens, ConfigBuilder::chunk_tokens);
         builder = set(builder, self.ring_slots, ConfigBuilder::ring_slots);
-        builder = set(builder, self.workers, ConfigBuilder::worker_budget);
-        match self.deadline_s {
-            Some(seconds) => builder.deadline(Duration::try_from_secs_f64(seconds).unwrap_or(Duration::ZERO)),
-            None => builder,
+        set(builder, self.workers, ConfigBuilder::worker_budget).deadline(self.deadline())
+    }
+}
+
+/// How the processes of a world reach each other.
+#[derive(Debug, Clone, clap::Args)]
+#[command(next_help_heading = "Between processes")]
+pub struct NetworkArgs {
+    /// What carries hop 1 [default: RDMA where all ranks have it, else TCP]
+    #[arg(long, value_enum, default_value_t = CarrierName::Any, hide_default_value = true)]
+    carrier: CarrierName,
+    /// The address that others connect to [default: RAILHOP_INTERFACE, else the one from which the store is reached]
+    #[arg(long, value_name = "ADDRESS")]
+    interface: Option<IpAddr>,
+    /// TCP connections to each rail peer
+    #[arg(long, default_value_t = Network::default().connections)]
+    connections: usize,
+    /// RDMA device, by name [default: the rank's own by its index on the node]
+    #[arg(long, value_name = "NAME")]
+    verbs_device: Option<String>,
+    /// Port of the RDMA device [default: the first active one]
+    #[arg(long, value_name = "PORT")]
+    verbs_port: Option<u8>,
+    /// Index in its table of GIDs [default: of a RoCE v2 entry with an IPv4 address, or else the best there is]
+    #[arg(long, value_name = "INDEX")]
+    verbs_gid: Option<u8>,
+    /// Queue pairs to each rail peer
+    #[arg(long, value_name = "N", default_value_t = Verbs::default().queue_pairs)]
+    verbs_queue_pairs: usize,
+    /// A packet may stay unanswered for 4.096 µs × 2^N
+    #[arg(long, value_name = "N", default_value_t = Verbs::default().timeout)]
+    verbs_timeout: u8,
+    /// How often a packet is sent again
+    #[arg(long, value_name = "N", default_value_t = Verbs::default().retries)]
+    verbs_retries: u8,
+    /// Service level, of InfiniBand
+    #[arg(long, value_name = "LEVEL", default_value_t = Verbs::default().class.0)]
+    verbs_service_level: u8,
+    /// Traffic class, of RoCE
+    #[arg(long, value_name = "CLASS", default_value_t = Verbs::default().class.1)]
+    verbs_traffic_class: u8,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum CarrierName {
+    Any,
+    Tcp,
+    Verbs,
+}
+
+impl NetworkArgs {
+    /// The library's form of it; `interface` is that of the environment.
+    pub fn network(&self, interface: Option<IpAddr>) -> Network {
+        Network {
+            carrier: match self.carrier {
+                CarrierName::Any => Carrier::Any,
+                CarrierName::Tcp => Carrier::Tcp,
+                CarrierName::Verbs => Carrier::Verbs,
+            },
+            interface: self.interface.or(interface),
+            connections: self.connections,
+            verbs: Verbs {
+                device: self.verbs_device.clone(),
+                port: self.verbs_port,
+                gid: self.verbs_gid,
+                queue_pairs: self.verbs_queue_pairs,
+                timeout: self.verbs_timeout,
+                retries: self.verbs_retries,
+                class: (self.verbs_service_level, self.verbs_traffic_class),
+            },
         }
     }
 }

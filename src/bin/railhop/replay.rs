@@ -1,6 +1,5 @@
 //! `railhop replay`: recorded routing through plan, dispatch, test experts and combine, checked bit for bit.
 
-use std::convert::Infallible;
 use std::error::Error;
 use std::fmt::Display;
 use std::io::Write;
@@ -17,15 +16,17 @@ use railhop::reference::trace::Trace;
 use railhop::reference::{dump, experts, verify};
 use railhop::wire::shape::{CombineSlot, DispatchSlot, RecvLayout};
 use railhop::{
-    Combine, Communicator, Config, ConfigBuilder, Cuda, Dispatched, Error as OpError, LocalWorld, RecvBuffer,
-    Routing, RowFormat, RowShape, Topology,
+    Combine, Communicator, Config, ConfigBuilder, Cuda, Dispatched, Error as OpError, RecvBuffer, Routing,
+    RowFormat, RowShape, Topology,
 };
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::meeting::Meeting;
 use crate::options::{self, Format, Tuning};
+use crate::world::{Place, Work, WorldArgs};
 
-/// The most ranks, each a thread with a region of its own, that are tried in one process.
+/// The most ranks that are tried: in one process, each is a thread with a region of its own.
 const MAX_RANKS: usize = 1024;
 
 /// The timed phases of a step.
@@ -34,17 +35,15 @@ const PHASES: [&str; 3] = ["plan", "dispatch", "combine"];
 /// The most ranks on a line of the table.
 const RANKS_PER_LINE: usize = 8;
 
-/// Recorded routing on an in-process world.
+type Failure = Box<dyn Error + Send + Sync>;
+
+/// Recorded routing on a world of threads, or of processes that a launcher has started.
 #[derive(Debug, clap::Args)]
 pub struct ReplayArgs {
     /// The trace, a safetensors file
     trace: PathBuf,
-    /// Nodes of the world
-    #[arg(long)]
-    nodes: usize,
-    /// Ranks of each node
-    #[arg(long)]
-    ranks_per_node: usize,
+    #[command(flatten)]
+    world: WorldArgs,
     /// Tokens of each rank in each step
     #[arg(long)]
     tokens_per_rank: usize,
@@ -100,47 +99,17 @@ impl Steps {
 }
 
 /// Replays the trace, checks it and prints the report.
-pub fn run(args: &ReplayArgs) -> Result<(), Box<dyn Error + Send + Sync>> {
-    let trace = Trace::read(&args.trace).map_err(about(&args.trace))?;
-    let shape = RowShape { hidden: trace.hidden, topk: trace.topk, format: args.format.row_format() };
-    let topology = topology(args)?;
-    let world = topology.world_size();
-    // More tokens than the trace has change nothing.
-    let tokens = args.tokens_per_rank.min(trace.rows());
-    let steps = args.steps.of(trace.steps(world, tokens))?;
-    let builder = builder(args, topology, &trace, tokens)?;
-    let config = builder.clone().build()?;
-    shape.check(&config).map_err(about(&args.trace))?;
-    let routed = |step| Routed::count(&config, shape.topk, &trace.step(step, world, tokens));
-    let routed: Vec<_> = steps.clone().map(routed).collect();
-    let pool = pool_bytes(shape, &routed) + options::pool_for_operations(&config, shape, tokens);
-    let config = builder.pool_bytes(pool).build()?;
-    if let Some(dir) = &args.dump {
-        std::fs::create_dir_all(dir).map_err(about(dir))?;
-    }
-    let oracle = |step| Oracle {
-        config: &config,
-        hidden: shape.hidden,
-        topk: shape.topk,
-        format: shape.format,
-        ranks: trace.step(step, world, tokens),
-    };
-    let replay = Replay {
-        shape,
-        dump: args.dump.as_deref(),
-        steps: steps.clone().map(|step| (step, oracle(step))).collect(),
-        meeting: Meeting::new(world),
-        progress: progress_bar(steps.len()),
-    };
-    let ranks = replay.run(LocalWorld::new(config.clone())?)?;
-    let report = Report { args, trace: &trace, config: &config, shape, steps, routed, ranks };
+pub fn run(args: &ReplayArgs) -> Result<(), Failure> {
+    let world = args.world.world(args.tuning.deadline())?;
+    let Some((replay, ranks)) = world.run(|place| Replay::new(args, &place))? else { return Ok(()) };
+    let report = Report { replay: &replay, ranks };
     let text = if args.json { report.json().to_string() } else { report.tables() };
     Ok(writeln!(std::io::stdout(), "{text}")?)
 }
 
-/// The world that was asked for, if it can be replayed.
-fn topology(args: &ReplayArgs) -> Result<Topology, Box<dyn Error + Send + Sync>> {
-    let topology = Topology::new(args.nodes, args.ranks_per_node)?;
+/// Refuses what can't be replayed.
+fn check(args: &ReplayArgs, topology: Topology) -> Result<(), Failure> {
+    args.engine.require_cuda_for_devices()?;
     match topology.world_size() {
         world if world > MAX_RANKS => {
             Err(format!("a world of {world} ranks: at most {MAX_RANKS} are replayed").into())
@@ -148,24 +117,17 @@ fn topology(args: &ReplayArgs) -> Result<Topology, Box<dyn Error + Send + Sync>>
         _ if args.tokens_per_rank == 0 => {
             Err("tokens_per_rank = 0: nothing would be sent; 1 would work".into())
         }
-        _ => Ok(topology),
+        _ => Ok(()),
     }
 }
 
 /// What the configuration starts from, for steps of `tokens` tokens a rank.
-fn builder(
-    args: &ReplayArgs,
-    topology: Topology,
-    trace: &Trace,
-    tokens: usize,
-) -> Result<ConfigBuilder, String> {
-    args.engine.require_cuda_for_devices()?;
-    let builder = Config::builder(topology).experts(trace.num_experts).max_topk(trace.topk);
-    let mut builder = args.tuning.apply(builder.max_hidden(trace.hidden).max_tokens(tokens));
-    if let Some(devices) = args.engine.cuda() {
-        builder = builder.cuda(Cuda { devices, ..Cuda::default() });
-    }
-    Ok(builder)
+fn builder(args: &ReplayArgs, place: &Place, trace: &Trace, tokens: usize) -> Result<ConfigBuilder, Failure> {
+    let builder = place.builder().experts(trace.num_experts).max_topk(trace.topk);
+    let builder = args.tuning.apply(builder.max_hidden(trace.hidden).max_tokens(tokens));
+    let Some(devices) = args.engine.cuda() else { return Ok(builder) };
+    place.require_threads("--engine cuda")?;
+    Ok(builder.cuda(Cuda { devices, ..Cuda::default() }))
 }
 
 /// Puts the path before an error.
@@ -216,6 +178,7 @@ fn pool_bytes(shape: RowShape, routed: &[Routed]) -> usize {
 }
 
 /// What a rank measured in a step.
+#[derive(Serialize, Deserialize)]
 struct Measured {
     /// As [`PHASES`].
     times: [Duration; 3],
@@ -223,46 +186,107 @@ struct Measured {
     hop1: usize,
 }
 
-/// A replay under way.
+/// A replay that can start.
 struct Replay<'a> {
+    args: &'a ReplayArgs,
+    trace: Trace,
+    config: Config,
     shape: RowShape,
-    dump: Option<&'a Path>,
-    steps: Vec<(usize, Oracle<'a>)>,
-    meeting: Meeting,
-    progress: ProgressBar,
+    /// Of each rank in each step.
+    tokens: usize,
+    steps: Range<usize>,
+    /// By step.
+    routed: Vec<Routed>,
+}
+
+impl<'a> Replay<'a> {
+    fn new(args: &'a ReplayArgs, place: &Place) -> Result<Self, Failure> {
+        let trace = Trace::read(&args.trace).map_err(about(&args.trace))?;
+        let shape = RowShape { hidden: trace.hidden, topk: trace.topk, format: args.format.row_format() };
+        check(args, place.topology)?;
+        let world = place.topology.world_size();
+        // More tokens than the trace has change nothing.
+        let tokens = args.tokens_per_rank.min(trace.rows());
+        let steps = args.steps.of(trace.steps(world, tokens))?;
+        let builder = builder(args, place, &trace, tokens)?;
+        let config = builder.clone().build()?;
+        shape.check(&config).map_err(about(&args.trace))?;
+        let routed = |step| Routed::count(&config, shape.topk, &trace.step(step, world, tokens));
+        let routed: Vec<_> = steps.clone().map(routed).collect();
+        let pool = pool_bytes(shape, &routed) + options::pool_for_operations(&config, shape, tokens);
+        let config = builder.pool_bytes(pool).build()?;
+        if let Some(dir) = &args.dump {
+            std::fs::create_dir_all(dir).map_err(about(dir))?;
+        }
+        Ok(Self { args, trace, config, shape, tokens, steps, routed })
+    }
+
+    fn oracle(&self, step: usize) -> Oracle<'_> {
+        Oracle {
+            config: &self.config,
+            hidden: self.shape.hidden,
+            topk: self.shape.topk,
+            format: self.shape.format,
+            ranks: self.trace.step(step, self.config.topology().world_size(), self.tokens),
+        }
+    }
+}
+
+impl Work for Replay<'_> {
+    type Outcome = Vec<Measured>;
+
+    fn agreement(&self) -> String {
+        let topology = self.config.topology();
+        format!(
+            "{}x{} ranks, trace {:016x} of hidden {}, top-{} of {}, steps {}:{} of {} tokens, {}",
+            topology.nodes(),
+            topology.ranks_per_node(),
+            self.trace.fingerprint(),
+            self.trace.hidden,
+            self.trace.topk,
+            self.trace.num_experts,
+            self.steps.start,
+            self.steps.end,
+            self.tokens,
+            format_name(self.shape.format),
+        )
+    }
+
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn rank(&self, mut communicator: Communicator, meeting: &mut Meeting) -> Result<Vec<Measured>, Failure> {
+        let shown = communicator.rank() == 0;
+        let progress = if shown { progress_bar(self.steps.len()) } else { ProgressBar::hidden() };
+        let step = |number| {
+            let measured = self.step(&mut communicator, Step { number, meeting });
+            progress.inc(1);
+            measured
+        };
+        let measured = self.steps.clone().map(step).collect::<Result<_, _>>();
+        progress.finish_and_clear();
+        Ok(measured?)
+    }
 }
 
 impl Replay<'_> {
-    /// By rank and step, what was measured; or the failure of the first rank that had one.
-    fn run(&self, world: LocalWorld) -> Result<Vec<Vec<Measured>>, String> {
-        let ranks: Vec<Option<_>> = world.run(|mut communicator| {
-            let steps = self.steps.iter();
-            steps.map(|(step, oracle)| self.step(&mut communicator, *step, oracle)).collect()
-        });
-        self.progress.finish_and_clear();
-        self.meeting.outcome()?;
-        Ok(ranks.into_iter().flatten().collect())
-    }
-
     /// One step of one rank. Nothing but the operations themselves is inside the times.
-    fn step(&self, communicator: &mut Communicator, step: usize, oracle: &Oracle<'_>) -> Option<Measured> {
-        let rank = communicator.rank();
+    fn step(&self, communicator: &mut Communicator, mut step: Step<'_>) -> Result<Measured, String> {
+        let (rank, oracle) = (communicator.rank(), self.oracle(step.number));
         let own = &oracle.ranks[rank];
         let routing = Routing { topk: oracle.topk, topk_idx: &own.topk_idx, topk_weights: &own.topk_weights };
-        let place = Place { meeting: &self.meeting, step, rank };
-        let x = place.meet(Ok::<_, Infallible>(own.x.to_vec()))?;
-        let (handle, plan) = place.meet(timed(|| communicator.plan(routing)))?;
-        let buffer = place.meet(communicator.recv_buffer(handle.num_recv_tokens(), self.shape))?;
+        let x = own.x.to_vec();
+        step.meet(Ok::<_, OpError>(()))?;
+        let (handle, plan) = step.meet(timed(|| communicator.plan(routing)))?;
+        let buffer = step.meet(communicator.recv_buffer(handle.num_recv_tokens(), self.shape))?;
         let (done, dispatch) =
-            place.meet(timed(|| communicator.dispatch(&handle, x, buffer).map_err(OpError::from)))?;
-        let y = place.meet(self.outputs(communicator, &done.buffer))?;
+            step.meet(timed(|| communicator.dispatch(&handle, x, buffer).map_err(OpError::from)))?;
+        let y = step.meet(self.outputs(communicator, &done.buffer))?;
         let (combined, combine) =
-            place.meet(timed(|| communicator.combine(&handle, Combine::new(y)).map_err(OpError::from)))?;
-        place.meet(self.check(step, rank, oracle, &done, &combined.x))?;
-        if rank == 0 {
-            self.progress.inc(1);
-        }
-        Some(Measured { times: [plan, dispatch, combine], hop1: handle.num_hop1_tokens() })
+            step.meet(timed(|| communicator.combine(&handle, Combine::new(y)).map_err(OpError::from)))?;
+        step.meet(self.check(step.number, rank, &oracle, &done, &combined.x))?;
+        Ok(Measured { times: [plan, dispatch, combine], hop1: handle.num_hop1_tokens() })
     }
 
     /// What the test experts make of the received rows.
@@ -284,24 +308,23 @@ impl Replay<'_> {
         Dispatched { handle, buffer, .. }: &Dispatched<Vec<bf16>>,
         combined: &[bf16],
     ) -> Result<(), String> {
-        if let Some(dir) = self.dump {
+        if let Some(dir) = &self.args.dump {
             dump::write(dir, step, rank, handle, buffer, combined).map_err(about(dir))?;
         }
         verify::verify(oracle, rank, handle, buffer, combined)
-            .map_err(|difference| format!("rank {rank} differs from the oracle: {difference}"))
+            .map_err(|difference| format!("what it got differs from the oracle: {difference}"))
     }
 }
 
 /// A rank in a step, for its meetings.
-struct Place<'a> {
-    meeting: &'a Meeting,
-    step: usize,
-    rank: usize,
+struct Step<'a> {
+    number: usize,
+    meeting: &'a mut Meeting,
 }
 
-impl Place<'_> {
-    fn meet<T, E: Display>(&self, result: Result<T, E>) -> Option<T> {
-        self.meeting.join(self.rank, result.map_err(|error| format!("step {}: {error}", self.step)))
+impl Step<'_> {
+    fn meet<T, E: Display>(&mut self, result: Result<T, E>) -> Result<T, String> {
+        self.meeting.join(result.map_err(|error| format!("step {}: {error}", self.number)))
     }
 }
 
@@ -313,12 +336,7 @@ fn timed<T, E>(operation: impl FnOnce() -> Result<T, E>) -> Result<(T, Duration)
 
 /// What the replay came to.
 struct Report<'a> {
-    args: &'a ReplayArgs,
-    trace: &'a Trace,
-    config: &'a Config,
-    shape: RowShape,
-    steps: Range<usize>,
-    routed: Vec<Routed>,
+    replay: &'a Replay<'a>,
     ranks: Vec<Vec<Measured>>,
 }
 
@@ -335,9 +353,15 @@ struct Hop {
 }
 
 impl Report<'_> {
+    fn topology(&self) -> Topology {
+        self.replay.config.topology()
+    }
+
     /// By rank, the rows it received.
     fn rows(&self) -> Vec<usize> {
-        (0..self.ranks.len()).map(|rank| self.routed.iter().map(|step| step.rows[rank]).sum()).collect()
+        (0..self.ranks.len())
+            .map(|rank| self.replay.routed.iter().map(|step| step.rows[rank]).sum())
+            .collect()
     }
 
     /// Rows of the fullest rank over those of the mean one; 1 where there are no rows.
@@ -349,9 +373,10 @@ impl Report<'_> {
 
     fn hops(&self) -> [Hop; 4] {
         let hop1: usize = self.ranks.iter().flatten().map(|measured| measured.hop1).sum();
-        let remote: usize = self.routed.iter().map(|step| step.remote).sum();
+        let remote: usize = self.replay.routed.iter().map(|step| step.remote).sum();
         let rows = self.rows().into_iter().sum();
-        let (row, output) = (self.shape.row_bytes() + self.shape.scale_pitch(), 2 * self.shape.hidden);
+        let (row, output) =
+            (self.replay.shape.row_bytes() + self.replay.shape.scale_pitch(), 2 * self.replay.shape.hidden);
         let rail = |name, row, slot| Hop {
             name,
             rows: hop1,
@@ -362,9 +387,9 @@ impl Report<'_> {
         let node =
             |name, row| Hop { name, rows, logical: rows * row, physical: None, without_deduplication: None };
         [
-            rail("dispatch_hop1", row, DispatchSlot::new(&self.shape).pitch),
+            rail("dispatch_hop1", row, DispatchSlot::new(&self.replay.shape).pitch),
             node("dispatch_hop2", row),
-            rail("combine_hop1", output, CombineSlot::new(self.shape.hidden, 0).pitch),
+            rail("combine_hop1", output, CombineSlot::new(self.replay.shape.hidden, 0).pitch),
             node("combine_hop2", output),
         ]
     }
@@ -372,7 +397,7 @@ impl Report<'_> {
     /// The slowest rank's time in `phase`: the sum over the steps, and the median step.
     fn slowest(&self, phase: usize) -> (Duration, Duration) {
         let slowest = |step: usize| self.ranks.iter().map(|steps| steps[step].times[phase]).max();
-        let mut times: Vec<_> = (0..self.steps.len()).filter_map(slowest).collect();
+        let mut times: Vec<_> = (0..self.replay.steps.len()).filter_map(slowest).collect();
         times.sort_unstable();
         (times.iter().sum(), times[times.len() / 2])
     }
@@ -392,29 +417,29 @@ impl Report<'_> {
             (name.to_string(), json!({ "sum_s": sum.as_secs_f64(), "median_s": median.as_secs_f64() }))
         };
         json!({
-            "trace": self.args.trace.display().to_string(),
-            "hidden": self.shape.hidden,
-            "topk": self.shape.topk,
-            "experts": self.trace.num_experts,
-            "format": format_name(self.shape.format),
-            "nodes": self.args.nodes,
-            "ranks_per_node": self.args.ranks_per_node,
-            "tokens_per_rank": self.args.tokens_per_rank,
-            "steps": [self.steps.start, self.steps.end],
+            "trace": self.replay.args.trace.display().to_string(),
+            "hidden": self.replay.shape.hidden,
+            "topk": self.replay.shape.topk,
+            "experts": self.replay.trace.num_experts,
+            "format": format_name(self.replay.shape.format),
+            "nodes": self.topology().nodes(),
+            "ranks_per_node": self.topology().ranks_per_node(),
+            "tokens_per_rank": self.replay.args.tokens_per_rank,
+            "steps": [self.replay.steps.start, self.replay.steps.end],
             "verified": true,
             "rows_per_rank": self.rows(),
             "skew": self.skew(),
             "hops": self.hops().into_iter().map(hop).collect::<serde_json::Map<_, _>>(),
             "slowest_rank": PHASES.iter().enumerate().map(phase).collect::<serde_json::Map<_, _>>(),
-            "workers": self.config.worker_budget(),
+            "workers": self.replay.config.worker_budget(),
         })
     }
 
     fn tables(&self) -> String {
-        let Range { start, end } = self.steps;
+        let Range { start, end } = self.replay.steps.clone();
         format!(
             "rows received, steps {start}:{end}, {}\n{}\nskew (most rows over mean): {:.3}\n\n{}\n\n{}\n\n{}",
-            format_name(self.shape.format),
+            format_name(self.replay.shape.format),
             self.rank_table(),
             self.skew(),
             self.hop_table(),
@@ -425,7 +450,7 @@ impl Report<'_> {
 
     /// Lines hold whole nodes; a node with many ranks takes several.
     fn rank_table(&self) -> Table {
-        let (rows, node) = (self.rows(), self.args.ranks_per_node);
+        let (rows, node) = (self.rows(), self.topology().ranks_per_node());
         let mut table = table(&[]);
         let mut first = 0;
         let nodes = rows.chunks(node * (RANKS_PER_LINE / node).max(1));
