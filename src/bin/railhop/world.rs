@@ -110,8 +110,13 @@ impl Place {
         let builder = Config::builder(self.topology).network(self.network.clone());
         match &self.member {
             None => builder,
-            Some(member) => builder.channels(1).worker_budget((cores() / member.local_size).max(1)),
+            Some(member) => builder.channels(1).worker_budget((cores() / self.here(member)).max(1)),
         }
+    }
+
+    /// Ranks on this machine, as far as is known.
+    fn here(&self, member: &Member) -> usize {
+        member.local.map_or(self.topology.ranks_per_node(), |local| local.size)
     }
 
     /// Refuses `what` where ranks are processes.
@@ -126,7 +131,7 @@ impl Place {
     pub fn workers(&self, config: &Config) -> Option<usize> {
         match &self.member {
             None => Some(config.worker_budget()),
-            Some(member) if member.local_size < member.world_size => None,
+            Some(member) if member.is_remote() => None,
             Some(member) => Some((config.worker_budget() * member.world_size).min(cores())),
         }
     }
