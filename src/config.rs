@@ -124,7 +124,7 @@ pub struct Verbs {
     pub queue_pairs: usize,
     /// How long a packet may stay unanswered, 4.096 µs × 2^timeout, 1 to 31.
     pub timeout: u8,
-    /// How often it is sent again, 0 to 7.
+    /// How often it is sent again, 0 to 7; software RoCE takes 7 for "for ever".
     pub retries: u8,
     /// Service level (InfiniBand), and traffic class (RoCE).
     pub class: (u8, u8),
@@ -138,8 +138,8 @@ impl Default for Network {
 
 impl Default for Verbs {
     fn default() -> Self {
-        // A queue pair that is never heard of fails within 8 × 1.07 s.
-        Self { device: None, port: None, gid: None, queue_pairs: 2, timeout: 18, retries: 7, class: (0, 0) }
+        // A queue pair that is never heard of fails after 7 × 1.07 s, or a few times as much: devices may take longer.
+        Self { device: None, port: None, gid: None, queue_pairs: 2, timeout: 18, retries: 6, class: (0, 0) }
     }
 }
 

@@ -323,18 +323,15 @@ fn pieces_from_many_places_become_one_behind_the_other() {
 fn two_peers_get_what_is_theirs_and_all_of_it_is_there_when_drained() {
     let mut ranks = World { ranks: 3, ..World::default() }.connect();
     for round in 1..=20 {
-        for from in 0..3 {
+        for (from, rank) in ranks.iter_mut().enumerate() {
             let peers = (0..3).filter(|&peer| peer != from);
             let to = |peer: usize| {
-                ranks[from]
-                    .source
-                    .word(64 * peer)
-                    .store(round << 8 | (from << 4 | peer) as u64, Ordering::Relaxed);
+                rank.source.word(64 * peer).store(round << 8 | (from << 4 | peer) as u64, Ordering::Relaxed);
                 let (source, target) = (64 * peer, 8192 + 64 * from);
                 Posting { source, target, bytes: 64, ..signal(peer, peer, 64 * from, round) }
             };
             let postings: Vec<_> = peers.map(to).collect();
-            assert_eq!(ranks[from].rail.post(&postings), Ok(2));
+            assert_eq!(rank.rail.post(&postings), Ok(2));
         }
         for rank in &mut ranks {
             rank.drained();

@@ -325,8 +325,10 @@ impl Joining<'_> {
         });
         self.say_carrier(hop1.as_ref(), cards);
         let mesh = Mesh::new(rank, control).map_err(|error| error.to_string())?;
-        // The mesh, and the rail.
-        let ways = |peer| 1 + usize::from(rail_peers(topology, rank).contains(&peer));
+        // The mesh, and a rail that tells when a peer has closed its end. RDMA has no such end: what a rank has sent by it
+        // has arrived before the rank says that it leaves.
+        let tells = matches!(hop1, Some(Hop1::Tcp(_)));
+        let ways = |peer| 1 + usize::from(tells && rail_peers(topology, rank).contains(&peer));
         let control = Control::over(Arc::new(mesh), (0..cards.len()).map(ways).collect());
         own.member.start(Joined { neighbours, control, hop1 })
     }

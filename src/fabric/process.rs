@@ -3,6 +3,7 @@
 
 #![allow(unsafe_code)]
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
@@ -39,6 +40,8 @@ pub struct Railed {
     open: Vec<Mutex<Open>>,
     /// Signalled, and not posted yet.
     signalled: Mutex<Vec<Posting>>,
+    /// Something posted has not left the mirror: the rail is to be polled.
+    under_way: AtomicBool,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -56,7 +59,13 @@ impl Railed {
     /// What carries hop 1 of a rank in a world of `nodes` nodes, by a rail whose sources are in `mirror`.
     pub fn new(rail: Box<dyn NetworkRail>, mirror: Region, map: &RegionMap, nodes: usize) -> Self {
         let open = (0..map.streams() * nodes).map(|_| Mutex::default()).collect();
-        Self { rail: Mutex::new(rail), mirror, open, signalled: Mutex::default() }
+        Self {
+            rail: Mutex::new(rail),
+            mirror,
+            open,
+            signalled: Mutex::default(),
+            under_way: AtomicBool::new(false),
+        }
     }
 }
 
@@ -125,14 +134,17 @@ impl Fabric for ProcessFabric {
 
     fn flush(&self) {
         let Some(railed) = &self.rail else { return };
-        if lock(&railed.signalled).is_empty() {
+        if lock(&railed.signalled).is_empty() && !railed.under_way.load(Ordering::Relaxed) {
             return;
         }
         // Taken under the rail's lock, so that postings stay in the order of their signals.
         let mut rail = lock(&railed.rail);
         let postings = std::mem::take(&mut *lock(&railed.signalled));
-        if let Err(error) = rail.post(&postings) {
-            drop(rail);
+        // Nobody waits for a completion: the peer's credit says more.
+        let moved = rail.post(&postings).and_then(|_| rail.poll(&mut Vec::new()));
+        railed.under_way.store(!rail.is_idle(), Ordering::Relaxed);
+        drop(rail);
+        if let Err(error) = moved {
             self.listener.lost(error.peer(), Some(error));
         }
     }

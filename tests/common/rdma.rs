@@ -113,7 +113,7 @@ pub struct World {
 
 impl Default for World {
     fn default() -> Self {
-        Self { ranks: 2, queue_pairs: 2, bytes: 1 << 20, wakes: true, timeout: 18, retries: 7 }
+        Self { ranks: 2, queue_pairs: 2, bytes: 1 << 20, wakes: true, timeout: 18, retries: 6 }
     }
 }
 

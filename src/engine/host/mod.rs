@@ -157,7 +157,6 @@ impl Drop for Engine {
         for worker in self.workers.drain(..) {
             let _ = worker.join();
         }
-        self.world.leave_fabric();
         self.mesh = None;
         // Breaks the cycle of a run that is never taken: its buffers hold the world.
         lock(&self.world.active).clear();
@@ -235,6 +234,8 @@ impl World {
 
     /// `rank` is gone: whoever still waits for it gets a fault.
     pub fn depart(&self, rank: usize) {
+        // First, for whoever hears that it has left believes that nothing more comes.
+        self.leave_fabric();
         self.control.leave(rank);
         self.doorbell.ring();
     }

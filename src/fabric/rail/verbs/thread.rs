@@ -102,11 +102,15 @@ impl Worker {
     /// Works until it is stopped.
     pub(super) fn run(mut self) {
         while !self.shared.stop.load(Ordering::Acquire) {
-            self.device_events();
             let signals = self.receive();
             self.send(signals);
-            self.sleep();
-            self.queue_events();
+            let [queues, device] = self.sleep();
+            if device {
+                self.device_events();
+            }
+            if queues {
+                self.queue_events();
+            }
         }
     }
 
@@ -137,6 +141,9 @@ impl Worker {
     }
 
     fn lose_receivers(&self, failures: &[(u32, u32)]) {
+        if failures.is_empty() {
+            return;
+        }
         let mut traffic = self.shared.traffic();
         for &(number, status) in failures {
             if let Some(lane) = traffic.lane_of(number) {
@@ -174,13 +181,17 @@ impl Worker {
         unsafe { BorrowedFd::borrow_raw(self.context.get(|context| context.async_fd)) }
     }
 
-    fn sleep(&self) {
+    /// Sleeps until there is something; whether queues or the device have events.
+    fn sleep(&self) -> [bool; 2] {
         let fds = [self.channel_fd(), self.events_fd(), self.shared.bell.as_fd()];
         let mut fds = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
         // A signal may end it early, and does no harm.
         let _ = poll(&mut fds, None);
-        // Empty where it has not been rung.
-        let _ = rustix::io::read(&self.shared.bell, &mut [0; 8]);
+        let [queues, device, bell] = fds.map(|fd| !fd.revents().is_empty());
+        if bell {
+            let _ = rustix::io::read(&self.shared.bell, &mut [0; 8]);
+        }
+        [queues, device]
     }
 
     /// Takes the events of completion queues.
