@@ -66,7 +66,7 @@ fn ranks_of_a_node_take_devices_in_turn() {
         let world = World { ranks: 8, ..World::default() };
         world.setup_on(&Verbs::default(), rank, memory, memory).unwrap().setup.device().to_string()
     };
-    assert_eq!([0, 1, 2, 3].map(device), ["rxe0", "rxe1", "rxe2", "rxe0"]);
+    assert_eq!([0, 1, 2, 3, 4].map(device), ["rxe0", "rxe1", "rxe2", "rxe3", "rxe0"]);
 }
 
 #[test]
