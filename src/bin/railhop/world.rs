@@ -15,6 +15,9 @@ use crate::options::NetworkArgs;
 /// The world of one process, unless another is asked for.
 const DEFAULT_WORLD: (usize, usize) = (2, 4);
 
+/// Tokens of a chunk, and slots of a ring, between nodes: a chunk costs system calls and wake-ups at both ends.
+const NETWORK_RING: (usize, usize) = (8, 32);
+
 type Failure = Box<dyn Error + Send + Sync>;
 
 /// Which ranks there are, and where.
@@ -110,7 +113,15 @@ impl Place {
         let builder = Config::builder(self.topology).network(self.network.clone());
         match &self.member {
             None => builder,
-            Some(member) => builder.channels(1).worker_budget((cores() / member.local_size).max(1)),
+            Some(member) => {
+                let builder = builder.channels(1).worker_budget((cores() / member.local_size).max(1));
+                let (chunk, ring) = NETWORK_RING;
+                if self.topology.nodes() == 1 {
+                    builder
+                } else {
+                    builder.chunk_tokens(chunk).ring_slots(ring)
+                }
+            }
         }
     }
 
