@@ -52,9 +52,9 @@ def parse_args():
     for name, value in DEFAULT_SHAPE.items():
         parser.add_argument("--" + name.replace("_", "-"), type=positive, default=value)
     parser.add_argument("--processes", metavar="NxR", type=world,
-                        help="railhop as processes too: N nodes of R ranks under the peer's mpirun, "
-                             "nodes beyond one in network namespaces (needs root)")
-    parser.add_argument("--rate", help="limit of each node's link, as tc reads it, with --processes")
+                        help="railhop as processes too: N nodes of R ranks under the peer's "
+                             "mpirun, several nodes in network namespaces (needs root)")
+    parser.add_argument("--rate", help="limit of each node's link, as tc reads it")
     parser.add_argument("--iters", type=positive, default=20)
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--split", action="store_true",
@@ -146,8 +146,9 @@ class Nodes:
                 self.ip(f"-n {name} link set {device} up")
             for namespace, device in ((name, "eth0"), (switch, f"node{node}")):
                 if self.rate:
-                    run(["tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", "rate",
-                         self.rate, "burst", "256kb", "latency", "50ms"], HERE, capture=False)
+                    limit = f"root tbf rate {self.rate} burst 256kb latency 50ms"
+                    run(["tc", "-n", namespace, "qdisc", "add", "dev", device, *limit.split()],
+                        HERE, capture=False)
 
     def __exit__(self, *_):
         for name in [f"{self.name}-{node}" for node in range(self.count)] + [f"{self.name}-switch"]:
@@ -165,9 +166,10 @@ def on_nodes(nodes, args, program):
     ranks = args.nodes * args.ranks_per_node
     if nodes is None:
         return ["mpirun", *MPI_FLAGS, "-n", ranks, *program]
-    hosts = ",".join(f"{NODES_NETWORK}.{node + 1}:{args.ranks_per_node}" for node in range(args.nodes))
-    start = ["--mca", "plm_rsh_agent", HERE / "on-node", "--mca", "plm_rsh_no_tree_spawn", "1", "-H", hosts]
-    command = ["mpirun", *NODES_MPI_FLAGS, *start, "-x", f"RAILHOP_STORE={STORE}", "-n", ranks, *program]
+    hosts = [f"{NODES_NETWORK}.{node + 1}:{args.ranks_per_node}" for node in range(args.nodes)]
+    start = ["--mca", "plm_rsh_agent", HERE / "on-node", "--mca", "plm_rsh_no_tree_spawn", "1",
+             "-H", ",".join(hosts), "-x", f"RAILHOP_STORE={STORE}", "-n", ranks]
+    command = ["mpirun", *NODES_MPI_FLAGS, *start, *program]
     return [HERE / "on-node", f"{NODES_NETWORK}.1", shlex.join(str(part) for part in command)]
 
 
@@ -252,7 +254,8 @@ def print_summary(summary, rounds):
     print(f"  peer total               {summary['peer_total_ms']:.2f} ms")
     print(f"  railhop total            {summary['railhop_total_ms']:.2f} ms")
     print(f"  railhop / peer tokens/s  {summary['tokens_per_s_ratio']:.2f}")
-    print(f"  dispatch + combine       {summary['dispatch_combine_ratio']:.2f} (peer's time / railhop's)")
+    print(f"  dispatch + combine       {summary['dispatch_combine_ratio']:.2f} "
+          "(peer's time / railhop's)")
     for phase in ("dispatch", "combine"):
         share = summary.get(f"railhop_speed_of_light_{phase}")
         if share is not None:
@@ -271,7 +274,8 @@ def compare(args):
     several = args.processes and args.nodes > 1
     rounds = []
     with Nodes(args.nodes, args.rate) if several else contextlib.nullcontext() as nodes:
-        commands = {"peer": peer_command(peer, nodes, args), "railhop": railhop_command(nodes, args)}
+        commands = {"peer": peer_command(peer, nodes, args),
+                    "railhop": railhop_command(nodes, args)}
         for number in range(args.rounds):
             rounds.append(run_round(number, commands, repo))
             print_round(number, rounds[-1])

@@ -4,7 +4,8 @@ use std::fmt::Display;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use railhop::bootstrap::{Bootstrap, LocalBootstrap};
+use railhop::Topology;
+use railhop::bootstrap::{Bootstrap, BootstrapError, LocalBootstrap, Member};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -25,6 +26,11 @@ impl Meeting {
     /// What a world is joined by.
     pub fn ranks(&mut self) -> &mut dyn Bootstrap {
         &mut *self.ranks
+    }
+
+    /// The world's shape, as the launcher says it or else as the ranks find it together.
+    pub fn topology(&mut self, member: &Member) -> Result<Topology, BootstrapError> {
+        member.find_topology(&mut *self.ranks, self.deadline)
     }
 
     /// Brings `mine`; what all have brought, by rank.

@@ -15,6 +15,9 @@ use crate::options::NetworkArgs;
 /// The world of one process, unless another is asked for.
 const DEFAULT_WORLD: (usize, usize) = (2, 4);
 
+/// Tokens of a chunk, and slots of a ring, between nodes: a chunk costs system calls and wake-ups at both ends.
+const NETWORK_RING: (usize, usize) = (8, 32);
+
 type Failure = Box<dyn Error + Send + Sync>;
 
 /// Which ranks there are, and where.
@@ -90,9 +93,9 @@ impl Place {
         Ok(Self { topology, member: None, network: args.network.network(None) })
     }
 
-    fn of_member(args: &WorldArgs, member: &Member) -> Result<Self, Failure> {
+    fn of_member(args: &WorldArgs, member: &Member, meeting: &mut Meeting) -> Result<Self, Failure> {
         let topology = match args.topology() {
-            None => member.topology()?,
+            None => meeting.topology(member)?,
             Some((nodes, ranks_per_node)) if nodes.checked_mul(ranks_per_node) == Some(member.world_size) => {
                 Topology::new(nodes, ranks_per_node)?
             }
@@ -110,7 +113,14 @@ impl Place {
         let builder = Config::builder(self.topology).network(self.network.clone());
         match &self.member {
             None => builder,
-            Some(member) => builder.channels(1).worker_budget((cores() / self.here(member)).max(1)),
+            Some(member) => {
+                let builder = builder.channels(1).worker_budget((cores() / self.here(member)).max(1));
+                let (chunk, ring) = NETWORK_RING;
+                match self.topology.nodes() {
+                    1 => builder,
+                    _ => builder.chunk_tokens(chunk).ring_slots(ring),
+                }
+            }
         }
     }
 
@@ -181,7 +191,7 @@ impl World {
                 Ok(Some((work, outcomes)))
             }
             Self::Processes { args, member, mut meeting } => {
-                let work = Place::of_member(&args, &member).and_then(prepare);
+                let work = Place::of_member(&args, &member, &mut meeting).and_then(prepare);
                 let work = meeting.join(work.map_err(|failure| failure.to_string()))?;
                 let outcomes = run_process(&work, &mut meeting)?;
                 Ok((member.rank == 0).then_some((work, outcomes)))
