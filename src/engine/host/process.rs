@@ -11,7 +11,7 @@ use std::fmt::Display;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -30,6 +30,9 @@ use crate::fabric::rail::{Listener, NetworkRail, TcpPeer, TcpRail};
 use crate::fabric::shm::{SharedBell, SharedMemory};
 use crate::topology::Topology;
 use crate::wire::region::RegionMap;
+
+/// How much longer than for its connections a rank waits to hear what the others came to.
+const GRACE: Duration = Duration::from_millis(500);
 
 /// Why a world of processes did not come about. All its ranks get an error.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -122,11 +125,14 @@ impl Joining<'_> {
     fn join(mut self) -> Result<Engine, JoinError> {
         let own = self.prepare();
         let told = own.as_ref().map(|own| own.card.clone()).map_err(String::clone);
-        let cards = self.exchange(told)?;
+        let deadline = self.config.deadline;
+        let cards = self.exchange(told, deadline)?;
         self.check(&cards)?;
-        let engine = own.and_then(|own| self.connect(own, &cards));
+        let end = Instant::now() + deadline;
+        let engine = own.and_then(|own| self.connect(own, &cards, end));
         let told = engine.as_ref().map(|_| ()).map_err(String::clone);
-        self.exchange(told)?;
+        // All had the same time, whatever became of it here.
+        self.exchange(told, end.saturating_duration_since(Instant::now()) + GRACE)?;
         engine.map_err(|reason| JoinError::Rank { rank: self.rank, reason })
     }
 
@@ -134,9 +140,10 @@ impl Joining<'_> {
     fn exchange<T: Serialize + for<'de> Deserialize<'de>>(
         &mut self,
         mine: Result<T, String>,
+        deadline: Duration,
     ) -> Result<Vec<T>, JoinError> {
         let bytes = postcard::to_stdvec(&mine).expect("cards can be written");
-        let all = self.bootstrap.all_gather(&bytes, self.config.deadline)?;
+        let all = self.bootstrap.all_gather(&bytes, deadline)?;
         let read = |(rank, bytes): (usize, Vec<u8>)| {
             let refuse = |reason| JoinError::Rank { rank, reason };
             let said: Result<T, String> =
@@ -193,9 +200,8 @@ impl Joining<'_> {
         Ok(())
     }
 
-    fn connect(&self, own: Own, cards: &[Card]) -> Result<Engine, String> {
+    fn connect(&self, own: Own, cards: &[Card], end: Instant) -> Result<Engine, String> {
         let (rank, topology) = (self.rank, self.config.topology());
-        let end = Instant::now() + self.config.deadline;
         let addresses: Vec<Address> = cards.iter().map(|card| card.address.clone()).collect();
         let connections = cards.iter().map(|card| card.connections).min().unwrap_or(1);
         let whom = Whom { rank, topology, addresses: &addresses, connections, end };
