@@ -10,7 +10,7 @@ use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -27,6 +27,9 @@ use crate::fabric::rail::{
 };
 use crate::topology::Topology;
 use crate::wire::region::RegionMap;
+
+/// How much longer than for its connections a rank waits to hear what the others came to.
+const GRACE: Duration = Duration::from_millis(500);
 
 /// Why a world of processes did not come about. All its ranks get an error.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -206,11 +209,14 @@ pub fn join<M: Member>(
     let mut joining = Joining { bootstrap, place };
     let own = prepare(&joining.place).and_then(|member| joining.prepare(member));
     let told = own.as_ref().map(|own| own.card.clone()).map_err(String::clone);
-    let cards = joining.exchange(told)?;
+    let deadline = joining.place.config.deadline;
+    let cards = joining.exchange(told, deadline)?;
     joining.check(&cards)?;
-    let engine = own.and_then(|own| joining.connect(own, &cards));
+    let end = Instant::now() + deadline;
+    let engine = own.and_then(|own| joining.connect(own, &cards, end));
     let told = engine.as_ref().map(|_| ()).map_err(String::clone);
-    joining.exchange(told)?;
+    // All had the same time, whatever became of it here.
+    joining.exchange(told, end.saturating_duration_since(Instant::now()) + GRACE)?;
     engine.map_err(|reason| JoinError::Rank { rank: joining.place.rank, reason })
 }
 
@@ -229,9 +235,10 @@ impl Joining<'_> {
     fn exchange<T: Serialize + for<'de> Deserialize<'de>>(
         &mut self,
         mine: Result<T, String>,
+        deadline: Duration,
     ) -> Result<Vec<T>, JoinError> {
         let bytes = postcard::to_stdvec(&mine).expect("cards can be written");
-        let all = self.bootstrap.all_gather(&bytes, self.place.config.deadline)?;
+        let all = self.bootstrap.all_gather(&bytes, deadline)?;
         let read = |(rank, bytes): (usize, Vec<u8>)| {
             let refuse = |reason| JoinError::Rank { rank, reason };
             let said: Result<T, String> =
@@ -309,9 +316,8 @@ impl Joining<'_> {
         Ok(())
     }
 
-    fn connect<M: Member>(&self, own: Own<M>, cards: &[Card]) -> Result<M::Engine, String> {
+    fn connect<M: Member>(&self, own: Own<M>, cards: &[Card], end: Instant) -> Result<M::Engine, String> {
         let (rank, topology) = (self.place.rank, self.topology());
-        let end = Instant::now() + self.place.config.deadline;
         let addresses: Vec<Address> = cards.iter().map(|card| card.address.clone()).collect();
         let rdma = cards.iter().all(|card| card.verbs.is_ok());
         let connections = cards.iter().map(|card| card.connections).min().unwrap_or(1);

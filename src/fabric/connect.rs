@@ -27,6 +27,9 @@ const PATIENCE: Duration = Duration::from_secs(3);
 /// The longest sleep at the door, after which it is seen whether the other side has given up.
 const GLANCE: Duration = Duration::from_millis(50);
 
+/// How often it is seen whether those who have not come are still there.
+const LOOKOUT: Duration = Duration::from_millis(250);
+
 /// Visitors that have not said who they are; beyond, the oldest is turned away.
 const MAX_VISITORS: usize = 256;
 
@@ -97,6 +100,9 @@ pub enum ConnectError {
     /// Ranks did not come in time.
     #[error("ranks {0:?} have not connected in time")]
     Missing(Vec<usize>),
+    /// Ranks have shut their doors, and have not come.
+    #[error("ranks {0:?} are gone")]
+    Gone(Vec<usize>),
     /// The door itself failed.
     #[error("connections can't be accepted: {0}")]
     Door(String),
@@ -302,11 +308,24 @@ impl Visitors<'_> {
         let wanted = |peer| self.world.purposes(peer).map(move |purpose| (peer, purpose));
         let mut wanted: Vec<_> = later.flat_map(wanted).collect();
         let mut accepted = Vec::new();
+        let (mut next_look, mut suspects) = (Instant::now() + LOOKOUT, Vec::new());
         while !wanted.is_empty() {
+            let mut missing: Vec<_> = wanted.iter().map(|&(peer, _)| peer).collect();
+            missing.sort_unstable();
+            missing.dedup();
             if failed.load(Ordering::Relaxed) || self.world.left().is_zero() {
-                let mut missing: Vec<_> = wanted.into_iter().map(|(peer, _)| peer).collect();
-                missing.dedup();
                 return Err(ConnectError::Missing(missing));
+            }
+            if next_look < Instant::now() {
+                // Whoever was gone the last time as well had time for what it had sent to arrive.
+                let enough = next_look + 2 * GLANCE;
+                let looked = missing.into_iter().take_while(|_| Instant::now() < enough);
+                let gone: Vec<_> = looked.filter(|&peer| self.is_gone(peer)).collect();
+                let lost: Vec<_> = gone.iter().copied().filter(|peer| suspects.contains(peer)).collect();
+                if !lost.is_empty() {
+                    return Err(ConnectError::Gone(lost));
+                }
+                (next_look, suspects) = (Instant::now() + LOOKOUT, gone);
             }
             self.sleep().map_err(door)?;
             self.open().map_err(door)?;
@@ -321,6 +340,12 @@ impl Visitors<'_> {
             }
         }
         Ok(accepted)
+    }
+
+    /// Whether nobody is behind `peer`'s door any more: its process has ended, or it has all its connections.
+    fn is_gone(&self, peer: usize) -> bool {
+        let knock = TcpStream::connect_timeout(&self.world.addresses[peer].tcp, GLANCE);
+        knock.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
     }
 
     /// Until somebody moves, or a glance's time is over.
@@ -360,6 +385,8 @@ impl Visitors<'_> {
             match stranger.hear(self.door.address.token) {
                 Ok(None) => self.strangers.push(stranger),
                 Ok(Some((rank, purpose))) => known.push((rank, purpose, stranger.stream)),
+                // Has looked whether somebody is here.
+                Err(_) if stranger.said.is_empty() => {}
                 Err(why) => tracing::warn!(by = stranger.stream.name(), %why, "a stranger was turned away"),
             }
         }
@@ -399,4 +426,95 @@ impl Stranger {
 /// Compares without saying by its duration how much was right.
 fn blake3_eq(a: &[u8], b: &[u8]) -> bool {
     blake3::hash(a) == blake3::hash(b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(30);
+
+    fn doors(count: usize) -> (Vec<Door>, Vec<Address>) {
+        let doors: Vec<_> = (0..count).map(|_| Door::new([127, 0, 0, 1].into()).unwrap()).collect();
+        let addresses = doors.iter().map(|door| door.address().clone()).collect();
+        (doors, addresses)
+    }
+
+    fn whom(rank: usize, addresses: &[Address], patience: Duration) -> World<'_> {
+        let (topology, end) = (Topology::new(2, 2).unwrap(), Instant::now() + patience);
+        World { rank, topology, addresses, connections: 2, end }
+    }
+
+    /// What strangers say, each by a connection of its own that stays open.
+    fn strangers(address: &Address) -> Vec<Stream> {
+        let mut knock = [0; KNOCK];
+        knock[..8].copy_from_slice(&MAGIC);
+        let words = [&b""[..], &knock[..5], &knock, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", &[0xff; 4096]];
+        let say = |&word: &&[u8]| {
+            let mut tcp = TcpStream::connect(address.tcp).unwrap();
+            let unix = UnixAddr::from_abstract_name(&address.unix).unwrap();
+            let mut unix = UnixStream::connect_addr(&unix).unwrap();
+            // Those who are turned away at once may not get all of it out.
+            let _ = tcp.write_all(word);
+            let _ = unix.write_all(word);
+            [Stream::Tcp(tcp), Stream::Unix(unix)]
+        };
+        words.iter().flat_map(say).collect()
+    }
+
+    #[test]
+    fn strangers_at_the_door_disturb_nobody() {
+        let (doors, addresses) = doors(4);
+        let addresses = &addresses;
+        // As many as the system keeps for who does not open yet.
+        let before: Vec<_> = (0..24).flat_map(|_| strangers(&addresses[0])).collect();
+        let links: Vec<_> = thread::scope(|scope| {
+            let connect = |(rank, door): (usize, Door)| {
+                scope.spawn(move || {
+                    // The last to come finds the others waiting, among strangers.
+                    let during = (rank == 3).then(|| {
+                        thread::sleep(Duration::from_millis(200));
+                        // More than may stand there at a time.
+                        addresses[..3].iter().cycle().take(60).flat_map(strangers).collect::<Vec<_>>()
+                    });
+                    let links = door.connect(whom(rank, addresses, LONG)).unwrap();
+                    drop(during);
+                    links
+                })
+            };
+            let ranks: Vec<_> = doors.into_iter().enumerate().map(connect).collect();
+            ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+        });
+        drop(before);
+        for (rank, links) in links.iter().enumerate() {
+            let control = links.control.iter().map(Option::is_some);
+            assert!(control.eq((0..4).map(|peer| peer != rank)));
+            assert_eq!(links.node.iter().position(Option::is_some), Some(rank ^ 1));
+            assert!(links.rail[rank ^ 2].iter().all(Option::is_some) && links.rail[rank ^ 2].len() == 2);
+        }
+    }
+
+    #[test]
+    fn a_rank_that_is_gone_is_named_before_the_end() {
+        let (mut doors, addresses) = doors(4);
+        let addresses = &addresses;
+        [3, 1].into_iter().for_each(|gone| drop(doors.remove(gone)));
+        let begun = Instant::now();
+        let errors: Vec<_> = thread::scope(|scope| {
+            let connect = |(rank, door): (usize, Door)| {
+                scope.spawn(move || door.connect(whom(rank, addresses, LONG)).unwrap_err())
+            };
+            let ranks: Vec<_> = [0, 2].into_iter().zip(doors).map(connect).collect();
+            ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+        });
+        assert!(begun.elapsed() < LONG / 2, "{errors:?}");
+        let names = |error: &ConnectError| match error {
+            ConnectError::Unreachable { rank, .. } => [1, 3].contains(rank),
+            ConnectError::Missing(ranks) | ConnectError::Gone(ranks) => {
+                ranks.iter().all(|rank| [1, 3].contains(rank))
+            }
+            ConnectError::Door(_) => false,
+        };
+        assert!(errors.iter().all(names), "{errors:?}");
+    }
 }

@@ -42,6 +42,9 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(50);
 /// How long a rank that leaves waits for what it has sent to arrive.
 const FAREWELL: Duration = Duration::from_secs(5);
 
+/// Of a world that has had no run.
+const FIRST_VERSION: u64 = 1;
+
 /// Everything the ranks of a process share.
 pub struct World {
     /// The configuration, equal on all ranks.
@@ -178,7 +181,7 @@ impl World {
             control,
             doorbell,
             active: Mutex::default(),
-            version: AtomicU64::new(1),
+            version: AtomicU64::new(FIRST_VERSION),
             lanes: (0..world_size * LANES.len()).map(|_| Mutex::default()).collect(),
             started: Instant::now(),
             stop: AtomicBool::new(false),
@@ -240,9 +243,11 @@ impl World {
         self.doorbell.ring();
     }
 
-    /// What was sent arrives before this rank is gone, unless something is amiss anyway.
+    /// What was sent arrives before this rank is gone, unless something is amiss anyway. Without a run there was nothing:
+    /// a rank that has failed to join does not wait for others.
     fn leave_fabric(&self) {
-        if self.control.fault().is_none() {
+        let has_run = self.version.load(Ordering::Acquire) > FIRST_VERSION;
+        if has_run && self.control.fault().is_none() {
             let late = self.fabric.drain(Instant::now() + FAREWELL.min(self.config.deadline));
             if !late.is_empty() {
                 tracing::warn!(ranks = ?late, "left before these ranks were known to have everything");
@@ -442,7 +447,8 @@ impl Worker<'_> {
     fn watch(&self, run: &Run, wait: Wait, waited: Duration, micros: u64) {
         let deadline = self.world.config.deadline;
         let still = Duration::from_micros(micros.saturating_sub(run.moved_at.load(Ordering::Relaxed)));
-        if waited.min(still) > deadline {
+        // Another task's wait may have ended in a fault while this pass was at its questions.
+        if waited.min(still) > deadline && self.world.control.fault().is_none() {
             let inquiry = Inquiry { world: self.world, runs: &self.runs, run, wait };
             self.world.broadcast(run, inquiry.blame());
         }

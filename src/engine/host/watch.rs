@@ -11,7 +11,7 @@ use crate::error::{AWAITED, Cause, Fault, Wait};
 use crate::wire::region::LANES;
 
 /// How long ranks in other processes have to say what they wait for.
-const QUESTIONING: Duration = Duration::from_millis(700);
+const QUESTIONING: Duration = Duration::from_millis(600);
 
 /// A wait that expired, and whom one may ask.
 pub(super) struct Inquiry<'a> {

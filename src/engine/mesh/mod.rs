@@ -71,6 +71,8 @@ pub struct Mesh {
 #[derive(Default)]
 struct State {
     questions: u64,
+    /// Faults that have been told: they answer all questions.
+    faults: u64,
     /// By question and rank asked: what has been answered.
     answers: HashMap<(u64, usize), LaneWaits>,
     /// Resets this rank has come to, and what the last of them came to.
@@ -127,15 +129,16 @@ impl Mesh {
         self.tell_all(&Message::Bye);
     }
 
-    /// What the operations of `ranks` wait for; none of those that have not answered by `end`.
+    /// What the operations of `ranks` wait for; none of those that have not answered by `end`, or when a fault is told.
     pub fn ask(&self, ranks: &[usize], end: Instant) -> Vec<Option<LaneWaits>> {
         let mut state = lock(&self.state);
         state.questions += 1;
-        let id = state.questions;
+        let (id, faults) = (state.questions, state.faults);
         drop(state);
         ranks.iter().for_each(|&rank| self.tell(rank, &Message::Ask { id }));
         let mut state = self.wait_until(end, |state| {
-            ranks.iter().all(|&rank| state.closed[rank] || state.answers.contains_key(&(id, rank)))
+            let answered = |&rank: &usize| state.closed[rank] || state.answers.contains_key(&(id, rank));
+            state.faults != faults || ranks.iter().all(answered)
         });
         let answers = ranks.iter().map(|&rank| state.answers.remove(&(id, rank))).collect();
         // What comes later is for nobody.
@@ -245,7 +248,8 @@ impl Mesh {
                 }
                 return;
             }
-            Message::Fault { .. } | Message::Bye | Message::Ask { .. } => {}
+            Message::Fault { .. } => state.faults += 1,
+            Message::Bye | Message::Ask { .. } => {}
         }
         drop(state);
         self.changed.notify_all();

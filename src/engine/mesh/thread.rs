@@ -131,6 +131,7 @@ impl Listener {
                 if let Some(host) = self.host.upgrade() {
                     host.adopt(&fault, generation);
                 }
+                self.mesh.note(rank, Message::Fault { generation, fault });
             }
             Message::Ask { id } => {
                 let Some(host) = self.host.upgrade() else { return };
