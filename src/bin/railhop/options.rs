@@ -112,7 +112,7 @@ pub struct Tuning {
     /// Threads that drive the roles of all ranks of a process [default: the cores, shared by the processes of a machine]
     #[arg(long)]
     workers: Option<usize>,
-    /// Deadline of every wait, in seconds; 0 is none that could be kept [default: 100]
+    /// Deadline of every wait, meetings of ranks included, in seconds [default: 100]
     #[arg(long, visible_alias = "deadline")]
     deadline_s: Option<f64>,
 }
@@ -147,7 +147,6 @@ impl Tuning {
 
 /// How the processes of a world reach each other.
 #[derive(Debug, Clone, clap::Args)]
-#[command(next_help_heading = "Between processes")]
 pub struct NetworkArgs {
     /// What carries hop 1 [default: RDMA where all ranks have it, else TCP]
     #[arg(long, value_enum, default_value_t = CarrierName::Any, hide_default_value = true)]
