@@ -137,7 +137,7 @@ mod linux {
             let (source, region) = (leaked(ring(streams)), leaked(ring(streams) + LINE * streams));
             let peer = TcpPeer { rank: 1 - rank, connections };
             // SAFETY: the memories are never freed; a slot is sent again when it is credited, which is after it left.
-            let rail = unsafe { TcpRail::new(rank, source, region, vec![peer], bell.clone()) }?;
+            let rail = unsafe { TcpRail::new(rank, source, Arc::new(region), vec![peer], bell.clone()) }?;
             Ok(Self { rail, region, bell, peer: 1 - rank })
         }
 

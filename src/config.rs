@@ -48,7 +48,8 @@ pub enum Rails {
 /// default suits one H100 per rank.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Cuda {
-    /// Ordinals of the devices: rank i of this process is on the one at i modulo their number.
+    /// Ordinals of the devices: of ranks in one process, rank i is on the one at i modulo their number; of ranks in
+    /// processes of their own, the one with local rank i.
     pub devices: Vec<usize>,
     /// Blocks of a dispatch, and of a combine: the SM budget.
     pub blocks: usize,
@@ -67,6 +68,13 @@ pub struct Cuda {
     pub rails: Rails,
     /// Cores for the proxies, rank i on the one at i modulo their number; none: anywhere.
     pub proxy_cores: Vec<usize>,
+}
+
+impl Cuda {
+    /// The ordinal of the device that is number `index` in turn; of the first there is, where none is named.
+    pub(crate) fn device(&self, index: usize) -> usize {
+        self.devices.get(index % self.devices.len().max(1)).copied().unwrap_or(0)
+    }
 }
 
 impl Default for Cuda {

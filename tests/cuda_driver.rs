@@ -13,6 +13,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::mem::{offset_of, size_of};
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -330,6 +331,28 @@ fn devices_may_be_out_of_reach() {
         let shared = Memory::new(&first, Place::Shared, 8).unwrap();
         is_unsupported(shared.reached_by(&*second), "reach the memory of Shim H100 (device 0)");
     });
+}
+
+/// A NIC's driver finds what kernels do, and is not given what it could not show them in order.
+#[test]
+fn memory_goes_to_other_drivers() {
+    for lacking in ["", "124=0", "118=0"] {
+        inside("memory_goes_to_other_drivers", &[("SHIM_CUDA_ATTRIBUTES", lacking)], || {
+            let (driver, device) = open(0);
+            let memory = holding(&device, Place::Device, &[7_u64; 100]);
+            let shared = driver.dma_buf(memory.raw());
+            match &*env::var("SHIM_CUDA_ATTRIBUTES").unwrap() {
+                "124=0" => is_unsupported(shared, "as a dma-buf"),
+                "118=0" => is_unsupported(shared, "in the order of writing"),
+                _ => {
+                    let mut found = [0; 800];
+                    fs::File::from(shared.unwrap()).read_exact_at(&mut found, 0).unwrap();
+                    assert_eq!(cast_slice::<u8, u64>(&found), [7; 100]);
+                }
+            }
+            assert_eq!(driver.pci_address().unwrap(), "0000:a0:00.0");
+        });
+    }
 }
 
 // ---- streams

@@ -574,8 +574,10 @@ fn two_ranks_exchange_rings_of_chunks_over_tcp() {
             let peer = TcpPeer { rank: 1 - rank, connections: ends.next().expect("two ends") };
             let (source, region) = (ranks[*rank].mapped_private(), ranks[*rank].mapped_region());
             // SAFETY: as above.
-            unsafe { TcpRail::new(*rank, source, region, vec![peer], Arc::new(tcp::Heard::default())) }
-                .unwrap()
+            unsafe {
+                TcpRail::new(*rank, source, Arc::new(region), vec![peer], Arc::new(tcp::Heard::default()))
+            }
+            .unwrap()
         })
     });
 }

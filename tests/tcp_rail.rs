@@ -57,7 +57,8 @@ fn end(rank: usize, peers: Vec<(usize, Vec<TcpStream>)>) -> End {
     let peers = peers.into_iter().map(|(rank, connections)| TcpPeer { rank, connections }).collect();
     let heard = Arc::new(Heard::default());
     // SAFETY: the memories are never freed; tests write sources and read targets when they may.
-    let rail = unsafe { TcpRail::new(rank, source.mapped(), region, peers, heard.clone()) }.unwrap();
+    let rail =
+        unsafe { TcpRail::new(rank, source.mapped(), Arc::new(region), peers, heard.clone()) }.unwrap();
     End { rail, source, region, around, heard }
 }
 
@@ -503,7 +504,9 @@ fn peers_that_can_not_be_are_refused() {
             |(rank, count)| TcpPeer { rank, connections: connections(count, None)[0].drain(..).collect() };
         let (memory, heard) = (leaked(64, 0).mapped(), Arc::new(Heard::default()));
         // SAFETY: never freed.
-        let rail = unsafe { TcpRail::new(1, memory, memory, peers.into_iter().map(peer).collect(), heard) };
+        let rail = unsafe {
+            TcpRail::new(1, memory, Arc::new(memory), peers.into_iter().map(peer).collect(), heard)
+        };
         rail.map(|_| ()).unwrap_err().to_string()
     };
     assert!(refused(vec![(0, 0)]).contains("0 connections to rank 0"));

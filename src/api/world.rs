@@ -13,7 +13,7 @@ use crate::device::Driver;
 use crate::device::cuda::CudaDriver;
 use crate::engine::join::JoinError;
 use crate::engine::{Engine, cuda, host};
-use crate::error::{ConfigError, Error};
+use crate::error::Error;
 use crate::fabric::Fabric;
 
 /// Tells communicators of different worlds apart, so that handles and buffers can't be mixed up.
@@ -33,8 +33,7 @@ impl LocalWorld {
         let EngineKind::Cuda(cuda) = &config.engine else {
             return Ok(Self::of(Engine::Host(host::Engine::new(config, |fabric| fabric)?)));
         };
-        let device = |rank: usize| cuda.devices.get(rank % cuda.devices.len().max(1)).copied().unwrap_or(0);
-        let open = |rank| CudaDriver::open(device(rank)).map(|driver| driver as Arc<dyn Driver>);
+        let open = |rank| CudaDriver::open(cuda.device(rank)).map(|driver| driver as Arc<dyn Driver>);
         let drivers = (0..config.topology().world_size()).map(open).collect::<Result<_, _>>()?;
         Self::on_drivers(config, drivers)
     }
@@ -104,7 +103,8 @@ impl LocalWorld {
 
 /// A world whose ranks are processes, one rank each.
 ///
-/// Ranks of a node share memory, without a name and gone with the last of them; hop 1 is carried by what
+/// Ranks of a node share memory, without a name and gone with the last of them; on devices, that of the devices, of which
+/// each rank should have one to itself. Hop 1 is carried by what
 /// [`ConfigBuilder::network`](crate::ConfigBuilder::network) says. A process that dies, stops, or is cut off ends the
 /// operations of all others within the deadline, with an error that names it.
 pub struct ProcessWorld;
@@ -116,14 +116,12 @@ impl ProcessWorld {
     /// # Errors
     /// See [`JoinError`]. A rank that fails for itself tells the others.
     pub fn join(bootstrap: &mut dyn Bootstrap, config: Config) -> Result<Communicator, JoinError> {
-        if let EngineKind::Cuda(_) = config.engine {
-            let reason =
-                "ranks on devices are of one process; worlds of processes run on the host engine".into();
-            return Err(ConfigError { field: "engine", value: 0, reason, nearest: None }.into());
-        }
         let rank = bootstrap.rank();
-        let engine = Arc::new(Engine::Host(host::Engine::join(bootstrap, config)?));
-        Ok(Communicator::new(&engine, next_world(), rank))
+        let engine = match config.engine {
+            EngineKind::Host => Engine::Host(host::Engine::join(bootstrap, config)?),
+            EngineKind::Cuda(_) => Engine::Cuda(cuda::Engine::join(bootstrap, config)?),
+        };
+        Ok(Communicator::new(&Arc::new(engine), next_world(), rank))
     }
 }
 

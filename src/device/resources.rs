@@ -33,6 +33,11 @@ impl Memory {
         self.raw.bytes
     }
 
+    /// As its driver knows it.
+    pub fn raw(&self) -> &RawMemory {
+        &self.raw
+    }
+
     /// The address at which kernels of `driver`, a rank of the same node, reach it.
     ///
     /// # Errors

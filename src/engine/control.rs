@@ -8,6 +8,10 @@ use std::time::{Duration, Instant};
 use super::completion::lock;
 use super::mesh::Mesh;
 use crate::error::{Cause, Error, Fault};
+use crate::wire::region::LANES;
+
+/// Operations that a rank has started in its generation, by lane.
+pub type Counted = [u64; LANES.len()];
 
 /// Shared by all ranks of a process.
 pub struct Control {
@@ -32,6 +36,8 @@ struct State {
     ways: Vec<usize>,
     /// By rank, why it can't be reached, where it has not just left.
     failures: Vec<Option<String>>,
+    /// By rank, what it had started when it left, if it has said so.
+    farewells: Vec<Option<Counted>>,
 }
 
 impl Control {
@@ -59,6 +65,7 @@ impl Control {
                 given_up: (0, None),
                 ways,
                 failures: vec![None; world_size],
+                farewells: vec![None; world_size],
             }),
             met: Condvar::new(),
             mesh,
@@ -112,12 +119,28 @@ impl Control {
         self.faulted.store(true, Ordering::Release);
     }
 
-    /// `rank`, of this process, leaves.
-    pub fn leave(&self, rank: usize) {
+    /// Number of ranks.
+    pub fn world_size(&self) -> usize {
+        self.departed.len()
+    }
+
+    /// `rank`, of this process, leaves, having started so much.
+    pub fn leave(&self, rank: usize, started: Counted) {
+        self.note_farewell(rank, started);
         self.depart(rank);
         if let Some(mesh) = &self.mesh {
-            mesh.leave();
+            mesh.leave(started);
         }
+    }
+
+    /// `rank` has said that it leaves, having started so much.
+    pub fn note_farewell(&self, rank: usize, started: Counted) {
+        lock(&self.state).farewells[rank] = Some(started);
+    }
+
+    /// What `rank`, which is gone, had started; none where it did not come to say so.
+    pub fn farewell(&self, rank: usize) -> Option<Counted> {
+        lock(&self.state).farewells[rank]
     }
 
     /// `rank` is gone.
@@ -139,8 +162,16 @@ impl Control {
         }
     }
 
+    /// The rail to `rank` carries nothing more: because it has failed, or is closed.
+    pub fn lose(&self, rank: usize, failure: Option<String>) {
+        match failure {
+            Some(reason) => self.fail(rank, reason),
+            None => self.close(rank),
+        }
+    }
+
     /// A way to `rank` has failed: for who needs it, the rank is gone.
-    pub fn fail(&self, rank: usize, reason: String) {
+    fn fail(&self, rank: usize, reason: String) {
         tracing::error!(rank, %reason, "a rank can't be reached");
         lock(&self.state).failures[rank].get_or_insert(reason);
         self.depart(rank);

@@ -155,7 +155,7 @@ impl Hop1 {
         match self {
             Self::Tcp(peers) => {
                 // SAFETY: the caller's.
-                let rail = unsafe { TcpRail::new(rank, source, region, peers, listener) };
+                let rail = unsafe { TcpRail::new(rank, source, Arc::new(region), peers, listener) };
                 Ok(Box::new(rail.map_err(|error| format!("the rail over TCP: {error}"))?))
             }
             Self::Verbs(setup, cards) => {

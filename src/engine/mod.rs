@@ -2,10 +2,11 @@
 //!
 //! - [`host`]: CPU threads drive the state machines of `proto`.
 //! - [`cuda`]: kernels on devices.
-//! - [`control`], [`completion`], [`pool`]: what both have of a world: faults and resets, how operations end, memory
-//!   to lend.
+//! - [`control`], [`blame`], [`completion`], [`pool`]: what both have of a world: faults and resets, who is to blame,
+//!   how operations end, memory to lend.
 //! - [`join`]: how a rank joins a world of processes; [`mesh`]: the control channel between them.
 
+pub mod blame;
 pub mod completion;
 pub mod control;
 pub mod cuda;
@@ -15,11 +16,15 @@ pub mod mesh;
 pub mod pool;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::config::Config;
 use crate::error::Error;
 use crate::wire::region::RegionMap;
 use control::Control;
+
+/// How long a rank that leaves waits for what it has sent to arrive.
+const FAREWELL: Duration = Duration::from_secs(5);
 
 /// The engine of a world, with its threads.
 pub enum Engine {

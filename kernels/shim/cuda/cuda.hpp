@@ -65,6 +65,7 @@ static_assert(sizeof(AllocationProperties) == 32 && offsetof(AllocationPropertie
 constexpr int ALLOCATION_PINNED = 1;
 constexpr u32 BY_DESCRIPTOR = 1;
 constexpr u32 BY_FABRIC = 8;
+constexpr int RANGE_DMA_BUF = 1;
 
 /// CUmemAccessDesc.
 struct AccessDescription {

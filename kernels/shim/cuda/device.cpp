@@ -101,6 +101,17 @@ CUDA_API cuDeviceGetName(char* name, int length, Device device) {
     });
 }
 
+CUDA_API cuDeviceGetPCIBusId(char* address, int length, Device device) {
+    return call([&](Driver&, auto&) {
+        if (!is_device(device)) return INVALID_DEVICE;
+        char whole[16];
+        int needed = std::snprintf(whole, sizeof whole, "0000:%02X:00.0", 0xA0 + device);
+        if (length <= needed) return INVALID_VALUE;
+        std::memcpy(address, whole, (size_t)needed + 1);
+        return SUCCESS;
+    });
+}
+
 CUDA_API cuDeviceTotalMem_v2(size_t* bytes, Device device) {
     return call([&](Driver&, auto&) {
         if (!is_device(device)) return INVALID_DEVICE;
@@ -124,6 +135,7 @@ static const std::map<int, int>& attributes() {
         {102, 1},                   // VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED
         {103, 1},                   // HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED
         {110, 1},                   // GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED
+        {118, 100},                 // GPU_DIRECT_RDMA_WRITES_ORDERING
         {124, 1},                   // DMA_BUF_SUPPORTED
         {128, options().fabric != Options::Fabric::None},  // HANDLE_TYPE_FABRIC_SUPPORTED
     };

@@ -142,6 +142,19 @@ CUDA_API cuMemExportToShareableHandle(void* to, Handle handle, u32 kind, u64 fla
     });
 }
 
+/// A dma-buf is the memory's file here: no NIC takes it for one.
+CUDA_API cuMemGetHandleForAddressRange(void* handle, Address address, size_t bytes, int kind, u64 flags) {
+    return call([&](Driver& d, auto&) {
+        auto range = holding(d.ranges, address);
+        if (range == d.ranges.end() || !range->second.physical || kind != RANGE_DMA_BUF || flags) return INVALID_VALUE;
+        if (address != range->first || bytes > range->second.bytes || bytes % 4096 || bytes == 0) return INVALID_VALUE;
+        int descriptor = fcntl(d.physicals.at(range->second.physical).descriptor, F_DUPFD_CLOEXEC, 0);
+        if (descriptor < 0) return OPERATING_SYSTEM;
+        *(int*)handle = descriptor;
+        return SUCCESS;
+    });
+}
+
 CUDA_API cuMemImportFromShareableHandle(Handle* handle, void* from, u32 kind) {
     return call([&](Driver& d, auto&) {
         u64 bytes = 0;

@@ -16,7 +16,7 @@ const NEEDED: u32 = 12_040;
 
 /// All calls used. cudarc looks a symbol up when it is first called and panics where there is none, so they are asked
 /// for beforehand.
-const SYMBOLS: [&str; 49] = [
+const SYMBOLS: [&str; 51] = [
     "cuCtxGetCurrent",
     "cuCtxGetStreamPriorityRange",
     "cuCtxSetCurrent",
@@ -25,6 +25,7 @@ const SYMBOLS: [&str; 49] = [
     "cuDeviceGetAttribute",
     "cuDeviceGetCount",
     "cuDeviceGetName",
+    "cuDeviceGetPCIBusId",
     "cuDevicePrimaryCtxRelease_v2",
     "cuDevicePrimaryCtxRetain",
     "cuDeviceTotalMem_v2",
@@ -46,6 +47,7 @@ const SYMBOLS: [&str; 49] = [
     "cuMemExportToShareableHandle",
     "cuMemFreeHost",
     "cuMemGetAllocationGranularity",
+    "cuMemGetHandleForAddressRange",
     "cuMemHostAlloc",
     "cuMemHostGetDevicePointer_v2",
     "cuMemImportFromShareableHandle",
@@ -158,6 +160,17 @@ pub(super) fn name(device: CUdevice) -> Result<String, DeviceError> {
     unsafe {
         call!(cuDeviceGetName(name.as_mut_ptr(), name.len() as c_int, device))?;
         Ok(CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned())
+    }
+}
+
+/// A device's address on the PCI bus.
+pub(super) fn pci_address(device: CUdevice) -> Result<String, DeviceError> {
+    let mut address = [0; 32];
+    // SAFETY: the call writes at most that many characters, and ends them with 0.
+    unsafe {
+        call!(cuDeviceGetPCIBusId(address.as_mut_ptr(), address.len() as c_int, device))?;
+        // The system writes it in lower case.
+        Ok(CStr::from_ptr(address.as_ptr()).to_string_lossy().to_lowercase())
     }
 }
 

@@ -189,13 +189,13 @@ fn allocations() -> MutexGuard<'static, BTreeMap<u64, Allocation>> {
 /// Memory of `device`, to be shared or not: its address and mapped size. What is in it is undefined.
 pub(super) fn allocate(
     device: CUdevice,
-    sharing: Option<Sharing>,
+    sharing: Sharing,
+    shared: bool,
     bytes: usize,
 ) -> Result<(u64, usize), DeviceError> {
-    let wishes = sharing.map_or(vec![NOT_AT_ALL], Sharing::wishes);
-    let rdma = sharing.is_some_and(|sharing| sharing.rdma);
+    let wishes = if shared { sharing.wishes() } else { vec![NOT_AT_ALL] };
     let create = |handles| -> Result<_, DeviceError> {
-        let properties = properties(device, handles, rdma);
+        let properties = properties(device, handles, sharing.rdma);
         let out_of_memory = || DeviceError::OutOfMemory { bytes, place: "device" };
         let whole = round_up(bytes, granularity(&properties)?).ok_or_else(out_of_memory)?;
         let physical = Physical::create(whole, &properties)?.ok_or_else(out_of_memory)?;
@@ -208,7 +208,6 @@ pub(super) fn allocate(
     let (physical, mapped, handles) = created?;
     let mapping = Mapping::new(&physical, mapped, &[device])?;
     let address = mapping.address();
-    let shared = sharing.is_some();
     allocations()
         .insert(address, Allocation { mapping, owner: device, shared, handles, reached_by: vec![device] });
     Ok((address, mapped))
@@ -272,7 +271,7 @@ pub(super) struct HostPool {
 }
 
 /// The unit of pinned memory.
-const PAGE: usize = 4096;
+pub(super) const PAGE: usize = 4096;
 
 impl HostPool {
     pub(super) fn new(context: &Arc<Context>) -> Self {

@@ -103,6 +103,14 @@ impl CudaDriver {
         Ok(driver)
     }
 
+    /// The device's address on the PCI bus, as the system writes it.
+    ///
+    /// # Errors
+    /// The driver refuses.
+    pub fn pci_address(&self) -> Result<String, DeviceError> {
+        library::pci_address(self.context.device())
+    }
+
     /// Has the driver load what it clears and copies with. It may do so at the first use, and wait for kernels then.
     fn warm_up(&self) -> Result<(), DeviceError> {
         const BYTES: usize = 1 << 16;
@@ -127,8 +135,8 @@ impl CudaDriver {
     }
 
     fn allocate_on_device(&self, place: Place, bytes: usize) -> Result<u64, DeviceError> {
-        let sharing = (place == Place::Shared).then_some(self.sharing);
-        let (address, mapped) = memory::allocate(self.context.device(), sharing, bytes)?;
+        let shared = place == Place::Shared;
+        let (address, mapped) = memory::allocate(self.context.device(), self.sharing, shared, bytes)?;
         // SAFETY: mapped just now, and nobody knows it yet.
         let zeroed = unsafe { self.immediate.zero(address, mapped) };
         if let Err(error) = zeroed {

@@ -7,11 +7,14 @@ use std::ffi::{c_int, c_void};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
-use cudarc::driver::sys::{CUmemAllocationHandleType, CUmemFabricHandle};
+use cudarc::driver::sys::{
+    CUGPUDirectRDMAWritesOrdering, CUdevice_attribute, CUmemAllocationHandleType, CUmemFabricHandle,
+    CUmemRangeHandleType,
+};
 
 use super::CudaDriver;
-use super::library::call;
-use super::memory::{self, BY_DESCRIPTOR, BY_FABRIC, Mapping, Physical};
+use super::library::{attribute, call};
+use super::memory::{self, BY_DESCRIPTOR, BY_FABRIC, Mapping, PAGE, Physical};
 use crate::device::{Driver, RawMemory};
 use crate::error::DeviceError;
 
@@ -90,6 +93,36 @@ impl CudaDriver {
         // SAFETY: the driver has opened it for the caller, who is its only owner.
         let descriptor = unsafe { OwnedFd::from_raw_fd(descriptor) };
         Ok(ExportedMemory { descriptor, bytes })
+    }
+
+    /// Hands out memory of this driver, on the device, to other drivers of this machine: what a NIC reads and writes.
+    ///
+    /// # Errors
+    /// The device can't, or a kernel that sees what a NIC has written last might not see what it wrote before.
+    pub fn dma_buf(&self, memory: &RawMemory) -> Result<OwnedFd, DeviceError> {
+        use CUdevice_attribute as Attribute;
+        let lacks = |what: &str| DeviceError::Unsupported {
+            device: self.limits().name.clone(),
+            what: what.to_string(),
+        };
+        let device = self.context.device();
+        if attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_DMA_BUF_SUPPORTED)? == 0 {
+            return Err(lacks("give its memory to other drivers as a dma-buf"));
+        }
+        let ordered = CUGPUDirectRDMAWritesOrdering::CU_GPU_DIRECT_RDMA_WRITES_ORDERING_OWNER as usize;
+        if attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_GPU_DIRECT_RDMA_WRITES_ORDERING)? < ordered {
+            return Err(lacks("show its kernels what a NIC writes in the order of writing"));
+        }
+        // Whole pages of the host: memory is mapped in whole granules.
+        let bytes = memory.bytes.next_multiple_of(PAGE);
+        let kind = CUmemRangeHandleType::CU_MEM_RANGE_HANDLE_TYPE_DMA_BUF_FD;
+        let mut descriptor: c_int = -1;
+        let to = (&raw mut descriptor).cast();
+        let _entered = self.context.enter()?;
+        // SAFETY: the call writes a descriptor, or fails where nothing is mapped.
+        unsafe { call!(cuMemGetHandleForAddressRange(to, memory.address, bytes, kind, 0)) }?;
+        // SAFETY: the driver has opened it for the caller, who is its only owner.
+        Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
     }
 
     /// Hands out such memory to the nodes of the NVLink domain.

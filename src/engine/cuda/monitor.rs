@@ -9,9 +9,10 @@ use super::World;
 use super::rank::Rank;
 use super::report::Ended;
 use super::start::Run;
+use crate::engine::blame::{Inquiry, Last};
 use crate::engine::completion::lock;
-use crate::error::{Cause, Error, Fault, Kind, Wait};
-use crate::wire::device::FaultRecord;
+use crate::engine::mesh::Answer;
+use crate::error::{Cause, Error, Fault, Kind};
 use crate::wire::region::{LANES, Lane};
 
 /// How long it only gives its core away after something has moved, before it sleeps.
@@ -33,12 +34,14 @@ pub struct Monitor<'a> {
     world: &'a Arc<World>,
     /// Since when some rank is known to have stopped.
     suspected: Option<Instant>,
+    /// When it last asked who waits for whom.
+    inquired: Instant,
     asked: Instant,
 }
 
 impl<'a> Monitor<'a> {
     pub fn new(world: &'a Arc<World>) -> Self {
-        Self { world, suspected: None, asked: Instant::now() }
+        Self { world, suspected: None, inquired: Instant::now(), asked: Instant::now() }
     }
 
     /// Works until the engine stops, and then until nothing is under way, or a deadline has passed.
@@ -71,7 +74,7 @@ impl<'a> Monitor<'a> {
     /// Looks at everything once; whether anything has ended.
     fn pass(&mut self) -> bool {
         let mut moved = false;
-        for rank in &self.world.ranks {
+        for rank in self.world.ranks.values() {
             for lane in LANES {
                 while let Some(run) = rank.first_run(lane)
                     && self.end(rank, &run).is_some()
@@ -81,15 +84,17 @@ impl<'a> Monitor<'a> {
                 }
             }
         }
-        if self.world.control.fault().is_none() {
-            self.look_for_faults();
+        match self.world.control.fault() {
+            None => self.look_for_faults(),
+            // Whatever was suspected, all is over.
+            Some(_) => self.suspected = None,
         }
         moved
     }
 
     /// Ends `run` if its kernels have; none if they have not, or if it is not known yet why.
     fn end(&mut self, rank: &Rank, run: &Run) -> Option<()> {
-        let report = self.report(run)?;
+        let report = run.report()?;
         let result = match self.ended(rank, run)? {
             Ended::Ok => Ok(()),
             Ended::Refused => Err(rank.refusal(report)),
@@ -112,14 +117,9 @@ impl<'a> Monitor<'a> {
         Some(())
     }
 
-    /// Which report is the run's; none once it is over.
-    fn report(&self, run: &Run) -> Option<usize> {
-        lock(&run.slot).as_ref().map(|slot| slot.report)
-    }
-
     fn ended(&self, rank: &Rank, run: &Run) -> Option<Ended> {
         // Nothing of a dead device will ever report.
-        rank.ended(self.report(run)?).or_else(|| self.is_dead(run).then_some(Ended::Stopped))
+        rank.ended(run.report()?).or_else(|| self.is_dead(run).then_some(Ended::Stopped))
     }
 
     fn is_dead(&self, run: &Run) -> bool {
@@ -147,9 +147,9 @@ impl<'a> Monitor<'a> {
     fn sudden(&mut self, runs: &[Arc<Run>]) -> Option<Fault> {
         for run in runs {
             if let Some(rank) = self.missing_for_good(run) {
-                return Some(run.silent_fault(rank, Cause::Departed));
+                return Some(run.silent_fault(rank, self.world.control.why_departed(rank)));
             }
-            if let Some(why) = self.world.ranks[run.rank].proxy_failure() {
+            if let Some(why) = self.world.rank(run.rank).proxy_failure() {
                 return Some(run.silent_fault(run.rank, Cause::Proxy(why)));
             }
         }
@@ -160,14 +160,14 @@ impl<'a> Monitor<'a> {
         runs.iter().find_map(|run| Some(run.silent_fault(run.rank, Cause::Device(self.device_failure(run)?))))
     }
 
-    /// A rank that has left without starting this operation, and so never will.
+    /// A rank that is gone without having started this operation, and so never will; or in the midst of things.
     fn missing_for_good(&self, run: &Run) -> Option<usize> {
-        if self.world.uncounted.load(Ordering::Relaxed) {
-            return None;
-        }
-        let ranks = self.world.ranks.iter().filter(|rank| self.world.control.has_departed(rank.rank));
-        let missed = |rank: &&Rank| lock(rank.lane(Lane::of(run.kind))).started <= run.number;
-        ranks.filter(missed).map(|rank| rank.rank).next()
+        let (control, uncounted) = (&self.world.control, self.world.uncounted.load(Ordering::Relaxed));
+        let missed = |rank: &usize| match control.farewell(*rank) {
+            Some(started) => !uncounted && started[Lane::of(run.kind) as usize] <= run.number,
+            None => true,
+        };
+        control.departed().find(missed)
     }
 
     /// How the device of a run has failed, if it has: its kernels end without a report.
@@ -180,7 +180,7 @@ impl<'a> Monitor<'a> {
             Ok(false) => None,
             // The report may have come in between.
             Ok(true) => {
-                let silent = self.ended(&self.world.ranks[run.rank], run).is_none();
+                let silent = self.ended(self.world.rank(run.rank), run).is_none();
                 silent.then(|| format!("the kernels of a {} have ended without a report", run.kind))
             }
             Err(error) => Some(error.to_string()),
@@ -189,44 +189,43 @@ impl<'a> Monitor<'a> {
 
     /// A wait that outlived the deadline, once the others' are known too.
     fn expired(&mut self, runs: &[Arc<Run>]) -> Option<Fault> {
-        let records: Vec<Option<FaultRecord>> = self.world.ranks.iter().map(Rank::fault_record).collect();
-        if self.suspected.is_none() && records.iter().all(Option::is_none) {
+        let any = self.world.ranks.values().any(|rank| rank.fault_record().is_some());
+        if self.suspected.is_none() && !any {
             return None;
         }
         let since = *self.suspected.get_or_insert_with(Instant::now);
-        let running = runs.iter().any(|run| self.ended(&self.world.ranks[run.rank], run).is_none());
-        // What else waits is not known of recordings.
-        let running = running || runs.is_empty();
-        (!running || since.elapsed() > GRACE).then(|| self.blame(&records, runs))
+        let running = runs.iter().any(|run| self.ended(self.world.rank(run.rank), run).is_none());
+        // What else waits is not known of recordings, nor of other processes.
+        let running = running || runs.is_empty() || self.world.control.mesh().is_some();
+        if running && self.inquired.max(since).elapsed() < GRACE {
+            return None;
+        }
+        self.inquired = Instant::now();
+        // Kernels that are under way come to their own deadline, unless their device hangs.
+        let patient = since.elapsed() < self.world.config.deadline + GRACE;
+        self.blame(runs).filter(|(_, known)| *known || !patient).map(|(fault, _)| fault)
     }
 
-    /// The fault at the end of the chain of waits, so that a healthy but blocked rank is not blamed: at a rank that
-    /// waited for nobody, or has not started the operation. A chain that ends in a circle is cut at the wait for what
-    /// comes first in an operation.
-    fn blame(&self, records: &[Option<FaultRecord>], runs: &[Arc<Run>]) -> Fault {
-        let first = records.iter().position(Option::is_some);
-        let Some(reporter) = first else {
+    /// The fault at the end of the chain of waits, and whether it is known that it ends there: kernels have left what they
+    /// waited for.
+    fn blame(&self, runs: &[Arc<Run>]) -> Option<(Fault, bool)> {
+        let Self { world, .. } = self;
+        let first = world.ranks.values().find_map(|rank| Some((rank.rank, rank.fault_record()?)));
+        let Some((reporter, record)) = first else {
             // Stopped, and no record: by the abort flag, which only a failed proxy raises by itself.
-            return runs[0]
-                .silent_fault(runs[0].rank, Cause::Proxy("its kernels were told to return".into()));
+            let cause = Cause::Proxy("its kernels were told to return".into());
+            return runs.first().map(|run| (run.silent_fault(run.rank, cause), true));
         };
-        let wait = |rank: usize| records[rank].map(|record| record.read());
-        let mut chain: Vec<(usize, (Kind, Wait))> = Vec::new();
-        let mut rank = reporter;
-        let last = loop {
-            let Some(step) = wait(rank) else { break chain.last().copied() };
-            if chain.iter().any(|(seen, _)| *seen == rank) {
-                break chain.iter().min_by_key(|(rank, _)| records[*rank].map(|record| record.what)).copied();
-            }
-            chain.push((rank, step));
-            rank = step.1.peer;
+        let (kind, wait) = record.read();
+        let waits = |rank: usize| world.ranks.get(&rank).and_then(Rank::waits);
+        let waits = |rank: usize| waits(rank).map_or(Answer::Later, Answer::Waits);
+        let (control, lane) = (&*world.control, Lane::of(kind));
+        let Last { wait, known } = Inquiry { control, rank: reporter, lane, wait, waits: &waits }.last();
+        let cause = match control.has_departed(wait.peer) {
+            true => control.why_departed(wait.peer),
+            false => Cause::Deadline(world.config.deadline),
         };
-        let (_, (kind, wait)) = last.expect("the reporter has a record");
-        let epoch = records[reporter].map_or(0, |record| record.epoch);
-        let cause = match self.world.control.has_departed(wait.peer) {
-            true => Cause::Departed,
-            false => Cause::Deadline(self.world.config.deadline),
-        };
-        Fault { rank: wait.peer, cause, reporter, kind, epoch, wait: Some(wait) }
+        let fault = Fault { rank: wait.peer, cause, reporter, kind, epoch: record.epoch, wait: Some(wait) };
+        Some((fault, known))
     }
 }

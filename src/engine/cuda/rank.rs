@@ -14,6 +14,7 @@ use super::start::Run;
 use crate::config::{Config, Cuda, Rails};
 use crate::device::{Driver, Event, Grid, Kernel, Memory, Place, RawStream, Stream};
 use crate::engine::completion::lock;
+use crate::engine::control::Counted;
 use crate::error::{ConfigError, DeviceError, Error};
 use crate::fabric::mapped::Mapped;
 use crate::fabric::proxy::{MERGE_BYTES, Patience, Proxy, ProxyThread};
@@ -128,27 +129,39 @@ impl Rank {
         })
     }
 
-    /// Tells every rank where its node's regions are.
-    pub fn connect(ranks: &[Self]) -> Result<(), Error> {
-        for rank in ranks.iter() {
-            let (topology, map) = (rank.config.topology(), TableMap::new(&rank.config));
-            let node = topology.node_of(rank.rank);
-            let local = (0..topology.ranks_per_node()).map(|local| &ranks[topology.rank(node, local)]);
-            let peers = local.map(|peer| peer.region.reached_by(&*rank.driver));
-            let peers = peers.collect::<Result<Vec<u64>, _>>()?;
-            let table = rank.tables.address();
-            // SAFETY: nothing runs yet; both tables are as large as what goes there.
-            unsafe {
-                rank.upload(table + map.peers as u64, bytemuck::cast_slice(&peers))?;
-                let places = expert_places(&rank.config);
-                rank.upload(table + map.placement as u64, bytemuck::cast_slice(&places))?;
-            }
-        }
-        Ok(())
+    /// Tells kernels where the regions of the node are, where all of them are in this process.
+    pub fn connect_to(&self, ranks: &BTreeMap<usize, Self>) -> Result<(), Error> {
+        let topology = self.config.topology();
+        let node = topology.node_of(self.rank);
+        let local = (0..topology.ranks_per_node()).map(|local| &ranks[&topology.rank(node, local)]);
+        let peers = local.map(|peer| peer.region.reached_by(&*self.driver));
+        self.connect(&peers.collect::<Result<Vec<u64>, _>>()?)
     }
 
-    /// Starts a generation: whatever kernels and proxy have left is wiped, and a new proxy begins.
-    pub fn open(&self, generation: u16, ranks: &[Self], cuda: &Cuda) -> Result<(), Error> {
+    /// Tells kernels where the regions of the node are: addresses by local rank.
+    pub fn connect(&self, peers: &[u64]) -> Result<(), Error> {
+        let (map, table) = (TableMap::new(&self.config), self.tables.address());
+        let places = expert_places(&self.config);
+        // SAFETY: nothing runs yet; both tables are as large as what goes there.
+        unsafe {
+            self.upload(table + map.peers as u64, bytemuck::cast_slice(peers))?;
+            self.upload(table + map.placement as u64, bytemuck::cast_slice(&places))
+        }
+    }
+
+    /// What the node reaches.
+    pub fn region(&self) -> &Memory {
+        &self.region
+    }
+
+    /// What its kernels alone touch, but for what carries hop 1.
+    pub fn private(&self) -> &Memory {
+        &self.private
+    }
+
+    /// Starts a generation: whatever kernels and proxy have left is wiped, and a new proxy begins on `rail`, where there
+    /// is one, on one of `cores`, if there are any.
+    pub fn open(&self, generation: u16, rail: Option<Box<dyn Rail>>, cores: &[usize]) -> Result<(), Error> {
         let map = &self.private_map;
         // SAFETY: no kernel and no proxy of this rank runs, and nobody else touches its private memory.
         unsafe {
@@ -160,11 +173,8 @@ impl Rank {
         self.mailbox.clear(0, self.mailbox_map.bytes);
         // Ranks may have come to the reset with different numbers.
         self.lanes.iter().for_each(|lane| lock(lane).started = 0);
-        if self.config.topology().nodes() == 1 {
-            return Ok(());
-        }
-        let proxy = self.proxy(generation, self.rail(ranks, cuda.rails)?)?;
-        let cores = &cuda.proxy_cores;
+        let Some(rail) = rail else { return Ok(()) };
+        let proxy = self.proxy(generation, rail)?;
         let core = (!cores.is_empty()).then(|| cores[self.rank % cores.len()]);
         *lock(&self.proxy) = Some(ProxyThread::spawn(proxy, Patience::default(), core)?);
         Ok(())
@@ -176,14 +186,15 @@ impl Rank {
     }
 
     /// The ranks on the other end of the rail.
-    fn rail_peers<'a>(&self, ranks: &'a [Self]) -> impl Iterator<Item = &'a Self> + use<'a> {
+    fn rail_peers<'a>(&self, ranks: &'a BTreeMap<usize, Self>) -> impl Iterator<Item = &'a Self> + use<'a> {
         let topology = self.config.topology();
         let (own, local) = (topology.node_of(self.rank), topology.local_of(self.rank));
         let nodes = (0..topology.nodes()).filter(move |&node| node != own);
-        nodes.map(move |node| &ranks[topology.rank(node, local)])
+        nodes.map(move |node| &ranks[&topology.rank(node, local)])
     }
 
-    fn rail(&self, ranks: &[Self], rails: Rails) -> Result<Box<dyn Rail>, Error> {
+    /// A rail between ranks of this process.
+    pub fn rail(&self, ranks: &BTreeMap<usize, Self>, rails: Rails) -> Result<Box<dyn Rail>, Error> {
         if rails == Rails::Any {
             match self.device_rail(ranks) {
                 Err(DeviceError::Unsupported { what, .. }) => {
@@ -195,7 +206,7 @@ impl Rank {
         Ok(Box::new(self.staged_rail(ranks)?))
     }
 
-    fn device_rail(&self, ranks: &[Self]) -> Result<DeviceRail, DeviceError> {
+    fn device_rail(&self, ranks: &BTreeMap<usize, Self>) -> Result<DeviceRail, DeviceError> {
         let mut regions = vec![None; ranks.len()];
         for peer in self.rail_peers(ranks) {
             let address = peer.region.reached_by(&*self.driver)?;
@@ -203,14 +214,14 @@ impl Rank {
         }
         // SAFETY: the rail goes with the proxy, which is stopped before any rank's memory is freed; what kernels
         // post keeps to the protocol.
-        unsafe { DeviceRail::new(&self.driver, reached(&self.private), regions) }
+        unsafe { DeviceRail::new(&self.driver, (&self.private).into(), regions) }
     }
 
-    fn staged_rail(&self, ranks: &[Self]) -> Result<StagedRail, DeviceError> {
-        let mut inboxes: Vec<_> = ranks.iter().map(|_| None).collect();
+    fn staged_rail(&self, ranks: &BTreeMap<usize, Self>) -> Result<StagedRail, DeviceError> {
+        let mut inboxes: Vec<_> = ranks.keys().map(|_| None).collect();
         for peer in self.rail_peers(ranks) {
             // SAFETY: as for the rail between devices.
-            inboxes[peer.rank] = Some(unsafe { Inbox::new(&peer.driver, reached(&peer.region))? });
+            inboxes[peer.rank] = Some(unsafe { Inbox::new(&peer.driver, (&peer.region).into())? });
         }
         // The largest put is a chunk of the largest slots, or a rail record; merged ones are no larger than a chunk may
         // be, or than they are merged to.
@@ -218,7 +229,7 @@ impl Rank {
             * LANES.map(|lane| self.region_map.max_pitch(lane)).into_iter().max().unwrap_or(0);
         let bytes = (2 * chunk.max(self.region_map.rail_bytes()).max(MERGE_BYTES)).max(STAGING_BYTES);
         // SAFETY: as above.
-        let outbox = unsafe { Outbox::new(&self.driver, reached(&self.private), bytes)? };
+        let outbox = unsafe { Outbox::new(&self.driver, (&self.private).into(), bytes)? };
         Ok(StagedRail::new(outbox, inboxes))
     }
 
@@ -279,6 +290,11 @@ impl Rank {
         let _over = lock(self.lane(lane)).runs.pop_front();
     }
 
+    /// Operations started in this generation, by lane.
+    pub fn started(&self) -> Counted {
+        LANES.map(|lane| lock(self.lane(lane)).started)
+    }
+
     /// Whether nothing is under way.
     pub fn is_idle(&self) -> bool {
         self.lanes.iter().all(|lane| lock(lane).runs.is_empty())
@@ -327,11 +343,6 @@ impl Rank {
     }
 }
 
-/// Memory as its own device reaches it.
-fn reached(memory: &Memory) -> Reached {
-    Reached { address: memory.address(), bytes: memory.bytes() }
-}
-
 /// Bytes of a plan of no tokens.
 fn blank_bytes(config: &Config) -> usize {
     HandleMap::new(config, 0, config.max_topk, 0).bytes
@@ -357,14 +368,9 @@ impl Grids {
     }
 }
 
-/// Makes kernels ready for the largest rows, and sees that all blocks which wait for each other run at the same time.
+/// Makes kernels ready for the largest rows, and sees that all blocks of this process which wait for each other run at the
+/// same time. Each of its ranks has a driver.
 pub fn check_devices(config: &Config, cuda: &Cuda, drivers: &[Arc<dyn Driver>]) -> Result<(), Error> {
-    let world = config.topology().world_size();
-    if drivers.len() != world {
-        let reason = format!("{world} ranks need as many drivers");
-        let value = drivers.len() as u64;
-        return Err(ConfigError { field: "drivers", value, reason, nearest: Some(world as u64) }.into());
-    }
     let widest = |format| RowShape { hidden: config.max_hidden, topk: config.max_topk, format };
     let mut ranks = BTreeMap::<u64, usize>::new();
     drivers.iter().for_each(|driver| *ranks.entry(driver.limits().device).or_default() += 1);

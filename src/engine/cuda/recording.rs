@@ -48,7 +48,7 @@ impl World {
         if let Some(fault) = self.control.fault() {
             return Err(Error::Fault(fault));
         }
-        let this = &self.ranks[rank];
+        let this = self.rank(rank);
         let launch = self.launch_of(this, request.kind, &request.shape)?;
         let wrong = request.poison.or(request.is_on_host().then_some(Reason::WrongMemory));
         if let Some(reason) = wrong {
@@ -59,7 +59,7 @@ impl World {
         let slot = this.take_slot(self.config.deadline)?;
         self.recordings.fetch_add(1, Ordering::Relaxed);
         self.uncounted.store(true, Ordering::Relaxed);
-        self.wake_monitor();
+        self.bell.ring();
         Ok(Recording {
             world: self.clone(),
             rank,
@@ -92,7 +92,7 @@ impl Recording {
         if world.control.generation() != self.generation {
             return Err(Error::Refused { rank, reason: Reason::StaleHandle });
         }
-        let this = &world.ranks[rank];
+        let this = world.rank(rank);
         // In order with what else is launched for the lane.
         let _queue = lock(this.lane(Lane::of(self.launch.kind)));
         // SAFETY: the caller's.
@@ -103,7 +103,7 @@ impl Recording {
 
     /// What the last execution came to: the counts, if it is one that plans. None while there was none.
     pub fn outcome(&self) -> Option<Result<Counts, Error>> {
-        let this = &self.world.ranks[self.rank];
+        let this = self.world.rank(self.rank);
         Some(match this.ended(self.report())? {
             Ended::Ok => Ok(this.counts(self.report())),
             Ended::Refused => Err(this.refusal(self.report())),
@@ -121,7 +121,7 @@ impl Recording {
 impl Drop for Recording {
     fn drop(&mut self) {
         if let Some(slot) = self.slot.take() {
-            self.world.ranks[self.rank].give_slot(slot);
+            self.world.rank(self.rank).give_slot(slot);
         }
         self.world.recordings.fetch_sub(1, Ordering::Relaxed);
     }

@@ -1,13 +1,19 @@
 //! What kernels tell the host of an operation, in pinned memory.
 
 use std::mem::offset_of;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use super::plan::Counts;
 use super::rank::Rank;
+use super::start::Run;
+use crate::engine::completion::lock;
+use crate::engine::mesh::LaneWaits;
 use crate::error::{DeviceError, Error};
 use crate::wire::device::{FaultRecord, Report, status};
 use crate::wire::record::VerdictRecord;
+use crate::wire::region::LANES;
 
 /// An operation's end as the kernels report it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +67,18 @@ impl Rank {
         let experts = self.maps().config.placement().experts_of(self.rank).len();
         let experts = (0..experts).map(|expert| self.mailbox.read(map.experts + 4 * expert)).collect();
         Counts { rows: rows as usize, experts, sent: sent as usize }
+    }
+
+    /// What the rank's kernels have waited for in vain: once one has, all of both lanes return. None while some work on an
+    /// operation that the host knows of and have left no record.
+    pub fn waits(&self) -> Option<LaneWaits> {
+        let waits = self.fault_record().map(|record| (Instant::now(), record.read().1));
+        (waits.is_some() || !self.is_working()).then(|| LANES.map(|_| waits.into_iter().collect()))
+    }
+
+    fn is_working(&self) -> bool {
+        let works = |run: &Arc<Run>| run.report().is_some_and(|report| self.ended(report).is_none());
+        LANES.iter().any(|&lane| lock(self.lane(lane)).runs.iter().any(works))
     }
 
     /// What a warp of the rank waited for in vain.

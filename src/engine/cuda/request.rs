@@ -114,7 +114,7 @@ impl World {
     /// `to` holds `bytes` bytes, nobody else touches them meanwhile, and nobody writes the source.
     pub unsafe fn fetch(&self, rank: usize, offset: usize, to: *mut u8, bytes: usize) -> Result<(), Error> {
         // SAFETY: the caller's; the range is the pool's.
-        unsafe { self.ranks[rank].transfer(to as u64, self.address(rank, offset), bytes) }
+        unsafe { self.rank(rank).transfer(to as u64, self.address(rank, offset), bytes) }
     }
 
     /// Copies to the memory of `rank`, at an offset of its region, from the host; returns when that is done.
@@ -126,7 +126,7 @@ impl World {
     /// Nobody else touches the target meanwhile.
     pub unsafe fn store(&self, rank: usize, offset: usize, from: &[u8]) -> Result<(), Error> {
         // SAFETY: the caller's; the range is the pool's.
-        unsafe { self.ranks[rank].transfer(self.address(rank, offset), from.as_ptr() as u64, from.len()) }
+        unsafe { self.rank(rank).transfer(self.address(rank, offset), from.as_ptr() as u64, from.len()) }
     }
 
     /// Brings the request's rows to where kernels reach them.

@@ -76,8 +76,8 @@ impl World {
         match staged.and_then(|staged| unsafe { self.enqueue(rank, request, staged) }) {
             Ok(run) => {
                 drop(keep);
-                self.ranks[rank].wake_proxy();
-                self.wake_monitor();
+                self.rank(rank).wake_proxy();
+                self.bell.ring();
                 Started { waiter: Waiter::new(run.completion.clone()), run: Some(run) }
             }
             Err(error) => fail(keep, self.failed(rank, error)),
@@ -97,7 +97,7 @@ impl World {
     /// # Safety
     /// As for [`World::start`].
     unsafe fn enqueue(&self, rank: usize, request: Request<'_>, staged: Staged) -> Result<Arc<Run>, Error> {
-        let this = &self.ranks[rank];
+        let this = self.rank(rank);
         let lane = Lane::of(request.kind);
         let launch = self.launch_of(this, request.kind, &request.shape)?;
         let slot = this.take_slot(self.config.deadline)?;
@@ -166,7 +166,7 @@ impl World {
     /// # Safety
     /// The streams are alive.
     pub unsafe fn after(&self, rank: usize, stream: RawStream, own: Option<RawStream>) -> Result<(), Error> {
-        let this = &self.ranks[rank];
+        let this = self.rank(rank);
         let mark = lock(&this.mark);
         let waiting = own.map_or(LANES.map(|lane| this.stream(lane)).to_vec(), |own| vec![own]);
         // SAFETY: the caller's; a wait is for the mark as it is now, so it may be set again.
@@ -188,7 +188,7 @@ impl World {
         // Without a slot it is over.
         let Some(slot) = &*lock(&run.slot) else { return Ok(()) };
         // SAFETY: the caller's.
-        unsafe { self.ranks[run.rank].driver.wait(stream, slot.event.raw()) }.map_err(Error::from)
+        unsafe { self.rank(run.rank).driver.wait(stream, slot.event.raw()) }.map_err(Error::from)
     }
 
     pub(super) fn params(
@@ -268,6 +268,11 @@ impl Request<'_> {
 }
 
 impl Run {
+    /// Which report is its own; none once it is over.
+    pub(super) fn report(&self) -> Option<usize> {
+        lock(&self.slot).as_ref().map(|slot| slot.report)
+    }
+
     /// The fault that ends it if nothing better is known.
     pub(super) fn silent_fault(&self, rank: usize, cause: Cause) -> Fault {
         let (kind, epoch) = (self.kind, self.number);

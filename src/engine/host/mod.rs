@@ -18,9 +18,11 @@ use std::sync::{Arc, Mutex, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use super::FAREWELL;
+use super::blame::Inquiry;
 use super::completion::lock;
-use super::control::Control;
-use super::mesh::{Host, LaneWaits, MeshThread};
+use super::control::{Control, Counted};
+use super::mesh::{Answer, Host, LaneWaits, MeshThread};
 use crate::config::Config;
 use crate::error::{Cause, ConfigError, Error, Fault, Wait, panic_message};
 use crate::fabric::Fabric;
@@ -31,16 +33,12 @@ use crate::fabric::rail::{Listener, RailError};
 use crate::proto::{Progress, Step};
 use crate::wire::region::{LANES, RegionMap};
 use run::Slot;
-use watch::Inquiry;
 
 /// Passes without progress before a worker sleeps; it yields in between, for another worker's step may end.
 const IDLE_PASSES: u32 = 4;
 
 /// The longest sleep while operations are in flight: how late an expired deadline may be noticed.
 const WATCH_INTERVAL: Duration = Duration::from_millis(50);
-
-/// How long a rank that leaves waits for what it has sent to arrive.
-const FAREWELL: Duration = Duration::from_secs(5);
 
 /// Of a world that has had no run.
 const FIRST_VERSION: u64 = 1;
@@ -239,7 +237,8 @@ impl World {
     pub fn depart(&self, rank: usize) {
         // First, for whoever hears that it has left believes that nothing more comes.
         self.leave_fabric();
-        self.control.leave(rank);
+        // Nobody asks what was started: here every wait names its rank.
+        self.control.leave(rank, Counted::default());
         self.doorbell.ring();
     }
 
@@ -289,7 +288,7 @@ impl Host for World {
         self.doorbell.ring();
     }
 
-    fn closed(&self, rank: usize) {
+    fn closed(&self, rank: usize, _: Option<Counted>) {
         self.control.close(rank);
         self.doorbell.ring();
     }
@@ -298,9 +297,9 @@ impl Host for World {
         Some((self.control.generation(), self.control.fault()?))
     }
 
-    fn waits(&self) -> LaneWaits {
+    fn waits(&self) -> Option<LaneWaits> {
         let active = lock(&self.active).clone();
-        watch::waits(active.iter())
+        Some(watch::waits(active.iter()))
     }
 }
 
@@ -316,10 +315,7 @@ impl Listener for Ears {
     }
 
     fn lost(&self, peer: usize, failure: Option<RailError>) {
-        match failure {
-            Some(error) => self.control.fail(peer, error.to_string()),
-            None => self.control.close(peer),
-        }
+        self.control.lose(peer, failure.map(|error| error.to_string()));
         self.doorbell.ring();
     }
 }
@@ -449,8 +445,11 @@ impl Worker<'_> {
         let still = Duration::from_micros(micros.saturating_sub(run.moved_at.load(Ordering::Relaxed)));
         // Another task's wait may have ended in a fault while this pass was at its questions.
         if waited.min(still) > deadline && self.world.control.fault().is_none() {
-            let inquiry = Inquiry { world: self.world, runs: &self.runs, run, wait };
-            self.world.broadcast(run, inquiry.blame());
+            let waits =
+                |rank| Answer::Waits(watch::waits(self.runs.iter().filter(|other| other.rank == rank)));
+            let (control, rank, lane) = (&*self.world.control, run.rank, run.op.lane());
+            let wait = Inquiry { control, rank, lane, wait, waits: &waits }.last().wait;
+            self.world.broadcast(run, watch::fault(run, wait, Cause::Deadline(deadline)));
         }
     }
 }

@@ -16,6 +16,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use serde::{Deserialize, Serialize};
 
 use super::completion::lock;
+use super::control::Counted;
 use crate::error::{Error, Fault, Wait};
 use crate::wire::region::LANES;
 use link::Link;
@@ -29,17 +30,28 @@ pub type Waits = Vec<(Instant, Wait)>;
 /// What a rank's operations wait for, by lane.
 pub type LaneWaits = [Waits; LANES.len()];
 
+/// What a rank says of its operations.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Answer {
+    /// Nothing, in the time it had.
+    None,
+    /// Some are under way, and it will be known what they wait for when the first wait of theirs has expired.
+    Later,
+    /// What they wait for: nothing, where there are none.
+    Waits(LaneWaits),
+}
+
 /// What ranks tell each other.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 enum Message {
     /// A fault poisons the world.
     Fault { generation: u16, fault: Fault },
-    /// The rank leaves; nothing follows.
-    Bye,
+    /// The rank leaves, having started so much; nothing follows.
+    Bye { started: Counted },
     /// What do your operations wait for? If there is a fault, it is told first.
     Ask { id: u64 },
-    /// By lane: for so many microseconds, for this.
-    Answer { id: u64, waits: [Vec<(u64, Wait)>; LANES.len()] },
+    /// By lane: for so many microseconds, for this. None if that is not known yet.
+    Answer { id: u64, waits: Option<[Vec<(u64, Wait)>; LANES.len()]> },
     /// To rank 0: the rank has come to a reset.
     Arrived { attempt: u64, generation: u16, gone: Vec<usize>, deadline: Duration },
     /// From rank 0: all have, or these have not within so long.
@@ -74,7 +86,7 @@ struct State {
     /// Faults that have been told: they answer all questions.
     faults: u64,
     /// By question and rank asked: what has been answered.
-    answers: HashMap<(u64, usize), LaneWaits>,
+    answers: HashMap<(u64, usize), Answer>,
     /// Resets this rank has come to, and what the last of them came to.
     attempts: u64,
     met: Option<Met>,
@@ -124,13 +136,13 @@ impl Mesh {
         self.tell_all(&Message::Fault { generation, fault });
     }
 
-    /// Tells all ranks that this one leaves.
-    pub fn leave(&self) {
-        self.tell_all(&Message::Bye);
+    /// Tells all ranks that this one leaves, having started so much.
+    pub fn leave(&self, started: Counted) {
+        self.tell_all(&Message::Bye { started });
     }
 
-    /// What the operations of `ranks` wait for; none of those that have not answered by `end`, or when a fault is told.
-    pub fn ask(&self, ranks: &[usize], end: Instant) -> Vec<Option<LaneWaits>> {
+    /// What the operations of `ranks` wait for, as far as they say so by `end`, or until a fault is told.
+    pub fn ask(&self, ranks: &[usize], end: Instant) -> Vec<Answer> {
         let mut state = lock(&self.state);
         state.questions += 1;
         let (id, faults) = (state.questions, state.faults);
@@ -140,7 +152,8 @@ impl Mesh {
             let answered = |&rank: &usize| state.closed[rank] || state.answers.contains_key(&(id, rank));
             state.faults != faults || ranks.iter().all(answered)
         });
-        let answers = ranks.iter().map(|&rank| state.answers.remove(&(id, rank))).collect();
+        let answer = |&rank: &usize| state.answers.remove(&(id, rank)).unwrap_or(Answer::None);
+        let answers = ranks.iter().map(answer).collect();
         // What comes later is for nobody.
         state.answers.retain(|(question, _), _| *question > id);
         answers
@@ -232,7 +245,8 @@ impl Mesh {
                 let since = |micros| now.checked_sub(Duration::from_micros(micros)).unwrap_or(now);
                 let read =
                     |waits: Vec<_>| waits.into_iter().map(|(micros, wait)| (since(micros), wait)).collect();
-                state.answers.insert((id, rank), waits.map(read));
+                let answer = waits.map_or(Answer::Later, |waits| Answer::Waits(waits.map(read)));
+                state.answers.insert((id, rank), answer);
             }
             Message::Met { attempt, missing, after } => state.met = Some(Met { attempt, missing, after }),
             Message::Bring { gather, bytes } => {
@@ -249,7 +263,7 @@ impl Mesh {
                 return;
             }
             Message::Fault { .. } => state.faults += 1,
-            Message::Bye | Message::Ask { .. } => {}
+            Message::Bye { .. } | Message::Ask { .. } => {}
         }
         drop(state);
         self.changed.notify_all();

@@ -12,6 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::link::Inbox;
 use super::{LaneWaits, Mesh, Message, Waits};
 use crate::engine::completion::lock;
+use crate::engine::control::Counted;
 use crate::error::Fault;
 
 /// Whose operations the mesh is for.
@@ -19,14 +20,14 @@ pub trait Host: Send + Sync {
     /// Another rank has come upon a fault.
     fn adopt(&self, fault: &Fault, generation: u16);
 
-    /// Nothing more comes from `rank` by the mesh.
-    fn closed(&self, rank: usize);
+    /// Nothing more comes from `rank` by the mesh. If it has said that it leaves: what it had started.
+    fn closed(&self, rank: usize, farewell: Option<Counted>);
 
     /// The fault of this generation, if there is one.
     fn fault(&self) -> Option<(u16, Arc<Fault>)>;
 
-    /// What this rank's operations wait for.
-    fn waits(&self) -> LaneWaits;
+    /// What this rank's operations wait for; none if that is not known yet.
+    fn waits(&self) -> Option<LaneWaits>;
 }
 
 /// Listens until it is dropped.
@@ -121,7 +122,7 @@ impl Listener {
         let (Some(link), Some(inbox)) = (&self.mesh.links[rank], &mut self.inboxes[rank]) else { return };
         match inbox.read(link) {
             Ok(messages) => messages.into_iter().for_each(|message| self.obey(rank, message)),
-            Err(_) => self.close(rank),
+            Err(_) => self.close(rank, None),
         }
     }
 
@@ -139,25 +140,25 @@ impl Listener {
                 let micros = |since: Instant| since.elapsed().as_micros() as u64;
                 let sent =
                     |waits: Waits| waits.into_iter().map(|(since, wait)| (micros(since), wait)).collect();
-                let waits = host.waits().map(sent);
+                let waits = host.waits().map(|waits| waits.map(sent));
                 if let Some((generation, fault)) = host.fault() {
                     self.mesh.tell(rank, &Message::Fault { generation, fault: (*fault).clone() });
                 }
                 self.mesh.tell(rank, &Message::Answer { id, waits });
             }
-            Message::Bye => self.close(rank),
+            Message::Bye { started } => self.close(rank, Some(started)),
             message => self.mesh.note(rank, message),
         }
     }
 
-    fn close(&mut self, rank: usize) {
+    fn close(&mut self, rank: usize, farewell: Option<Counted>) {
         if self.inboxes[rank].take().is_none() {
             return;
         }
         lock(&self.mesh.state).closed[rank] = true;
         self.mesh.changed.notify_all();
         if let Some(host) = self.host.upgrade() {
-            host.closed(rank);
+            host.closed(rank, farewell);
         }
     }
 }

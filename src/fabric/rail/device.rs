@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::{Completion, Rail, RailError};
-use crate::device::{Driver, Event, Stream};
+use crate::device::{Driver, Event, Memory, Stream};
 use crate::error::DeviceError;
 use crate::wire::posting::Posting;
 
@@ -21,6 +21,13 @@ pub struct Reached {
     pub address: u64,
     /// Its size.
     pub bytes: usize,
+}
+
+/// By its own device.
+impl From<&Memory> for Reached {
+    fn from(memory: &Memory) -> Self {
+        Self { address: memory.address(), bytes: memory.bytes() }
+    }
 }
 
 impl Reached {

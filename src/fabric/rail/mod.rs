@@ -3,12 +3,14 @@
 //! - [`LocalRail`]: ranks of one process, whose memories the host can address.
 //! - [`DeviceRail`]: ranks of one process on devices: puts and signals are copies on a stream.
 //! - [`StagedRail`]: the same by way of the host, for devices that don't reach each other.
-//! - [`TcpRail`]: ranks of other processes, over connections that somebody else has made.
+//! - [`TcpRail`]: ranks of other processes, over connections that somebody else has made; [`MirroredRail`] and
+//!   [`MirroredRegion`] for those on devices.
 //! - [`VerbsRail`]: ranks in other processes and on other machines, over RDMA.
 //! - [`NullRail`]: builds what a NIC would be given and carries nothing, to measure what posting costs.
 
 mod device;
 mod local;
+mod mirrored;
 mod null;
 mod staged;
 #[cfg(target_os = "linux")]
@@ -18,6 +20,7 @@ mod verbs;
 
 pub use device::{DeviceRail, Reached};
 pub use local::LocalRail;
+pub use mirrored::{Mirror, MirroredRail, MirroredRegion};
 pub use null::{NullRail, WorkRequest, work};
 pub use staged::{Inbox, Outbox, Staged, StagedRail};
 #[cfg(target_os = "linux")]
@@ -25,8 +28,12 @@ pub use tcp::{TcpPeer, TcpRail};
 #[cfg(target_os = "linux")]
 pub use verbs::{NicMemory, VerbsEnd, VerbsError, VerbsRail, VerbsSetup};
 
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use super::mapped::Mapped;
+use crate::error::DeviceError;
 use crate::wire::posting::Posting;
 use crate::wire::word::Word;
 
@@ -73,7 +80,66 @@ pub trait Listener: Send + Sync {
     fn lost(&self, peer: usize, failure: Option<RailError>);
 }
 
-impl Rail for Box<dyn Rail> {
+/// Where what peers put and signal lands.
+pub trait Landing: Send + Sync {
+    /// What data is received into, at its place in a region. It stays mapped as long as `self`.
+    fn memory(&self) -> Mapped;
+
+    /// Makes an index word hold its value for the rank, after the data that has landed with it and whatever was
+    /// published before.
+    ///
+    /// # Errors
+    /// The rank's device has failed.
+    fn publish(&self, landed: &Landed) -> Result<(), DeviceError>;
+}
+
+/// A posting that has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Landed {
+    /// Where its data lies.
+    pub target: usize,
+    /// The size of that.
+    pub bytes: usize,
+    /// Offset of its index word, in the memory.
+    pub word: usize,
+    /// What that is to hold.
+    pub value: u64,
+}
+
+/// The region itself.
+impl Landing for Mapped {
+    fn memory(&self) -> Mapped {
+        *self
+    }
+
+    fn publish(&self, landed: &Landed) -> Result<(), DeviceError> {
+        let word = self.word(landed.word).expect("what has landed is in the memory");
+        word.store(landed.value, Ordering::Release);
+        Ok(())
+    }
+}
+
+/// A rail that outlives whoever posts to it.
+impl<R: Rail + ?Sized> Rail for Arc<Mutex<R>> {
+    fn post(&mut self, postings: &[Posting]) -> Result<usize, RailError> {
+        lock(self).post(postings)
+    }
+
+    fn poll(&mut self, completions: &mut Vec<Completion>) -> Result<(), RailError> {
+        lock(self).poll(completions)
+    }
+
+    fn is_idle(&self) -> bool {
+        lock(self).is_idle()
+    }
+}
+
+/// A rail that has panicked has said so to whoever posted.
+fn lock<R: ?Sized>(rail: &Mutex<R>) -> MutexGuard<'_, R> {
+    rail.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<R: Rail + ?Sized> Rail for Box<R> {
     fn post(&mut self, postings: &[Posting]) -> Result<usize, RailError> {
         (**self).post(postings)
     }

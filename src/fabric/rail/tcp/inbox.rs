@@ -4,12 +4,14 @@
 
 use std::io::IoSliceMut;
 use std::net::TcpStream;
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
 
 use rustix::io::{Errno, readv};
 
 use super::frame::{Frame, FrameError, HEADER};
+use crate::error::DeviceError;
 use crate::fabric::mapped::Mapped;
+use crate::fabric::rail::{Landed, Landing};
 
 /// Bytes that a call reads beyond the data it expects: room for the headers that follow, a run of signals among them.
 /// What turns out to be the beginning of more data is copied.
@@ -21,6 +23,8 @@ const TURN: usize = 128 << 10;
 
 /// The receiving end of a connection.
 pub struct Inbox {
+    landing: Arc<dyn Landing>,
+    /// Its memory.
     region: Mapped,
     /// What has been read beyond the data under way; empty while that is not complete, less than a header otherwise.
     ahead: [u8; AHEAD],
@@ -28,15 +32,19 @@ pub struct Inbox {
     data: Option<Data>,
 }
 
-/// What has still to come of a posting.
+/// A posting under way.
 struct Data {
+    whole: Landed,
+    /// What has still to come of it: where, and how much.
     target: usize,
     bytes: usize,
-    word: usize,
-    value: u64,
 }
 
 impl Data {
+    fn of(whole: Landed) -> Self {
+        Self { whole, target: whole.target, bytes: whole.bytes }
+    }
+
     fn advance(&mut self, bytes: usize) {
         self.target += bytes;
         self.bytes -= bytes;
@@ -64,6 +72,8 @@ pub enum End {
     Failed(Errno),
     /// The peer sends what makes no sense.
     Garbage(FrameError),
+    /// What it sends can't be published.
+    Unpublished(DeviceError),
 }
 
 impl From<Errno> for End {
@@ -76,9 +86,9 @@ impl From<Errno> for End {
 }
 
 impl Inbox {
-    /// The inbox of a connection whose peer puts into `region`.
-    pub fn new(region: Mapped) -> Self {
-        Self { region, ahead: [0; AHEAD], filled: 0, data: None }
+    /// The inbox of a connection whose peer puts into the memory of `landing`.
+    pub fn new(landing: Arc<dyn Landing>) -> Self {
+        Self { region: landing.memory(), landing, ahead: [0; AHEAD], filled: 0, data: None }
     }
 
     /// Receives what is there, a turn's bytes at most.
@@ -147,15 +157,14 @@ impl Inbox {
                 rest = later;
             }
             if let Some(data) = self.data.take_if(|data| data.bytes == 0) {
-                let word = self.region.word(data.word).expect("decoding has found the word");
-                word.store(data.value, Ordering::Release);
+                self.landing.publish(&data.whole).map_err(End::Unpublished)?;
                 received.published = true;
             }
             let Some((header, later)) = rest.split_first_chunk() else { break };
             rest = later;
             match Frame::decode(header, &self.region).map_err(End::Garbage)? {
                 Frame::Posting { target, bytes, word, value } => {
-                    self.data = Some(Data { target, bytes, word, value });
+                    self.data = Some(Data::of(Landed { target, bytes, word, value }));
                 }
                 Frame::Fence(number) => received.fence = Some(number),
                 Frame::Answer(number) => received.answer = Some(number),

@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use self::frame::Frame;
 use self::links::Links;
 use self::receiver::Receiver;
-use super::{Completion, Listener, NetworkRail, Rail, RailError};
+use super::{Completion, Landing, Listener, NetworkRail, Rail, RailError};
 use crate::fabric::mapped::Mapped;
 use crate::wire::posting::Posting;
 
@@ -63,21 +63,21 @@ pub struct TcpRail {
 }
 
 impl TcpRail {
-    /// The rail of `rank`. The sources of its postings lie in `source`; what peers send lands in `region`.
+    /// The rail of `rank`. The sources of its postings lie in `source`; what peers send lands in `landing`.
     ///
-    /// A peer that sends what makes no sense is lost; nothing outside of `region` is written, whatever comes.
+    /// A peer that sends what makes no sense is lost; nothing outside of its memory is written, whatever comes.
     ///
     /// # Errors
     /// A peer has no connection, is the rank itself or there twice, or the system refuses.
     ///
     /// # Safety
-    /// Both memories outlive the rail: dropping it ends its thread first. Whatever is posted here and at the peers
+    /// The memories outlive the rail: dropping it ends its thread first. Whatever is posted here and at the peers
     /// keeps to the protocol: from the posting to its completion nobody writes its source, and nobody touches its
     /// target until the signal is there.
     pub unsafe fn new(
         rank: usize,
         source: Mapped,
-        region: Mapped,
+        landing: Arc<dyn Landing>,
         peers: Vec<TcpPeer>,
         listener: Arc<dyn Listener>,
     ) -> io::Result<Self> {
@@ -86,7 +86,7 @@ impl TcpRail {
         // SAFETY: as promised to this function.
         let links = Arc::new(unsafe { Links::new(source, peers) }?);
         // SAFETY: as promised to this function; the thread ends before the rail does.
-        let receiver = unsafe { Receiver::new(links.clone(), listener, region, ranges.into_iter()) };
+        let receiver = unsafe { Receiver::new(links.clone(), listener, landing, ranges.into_iter()) };
         let thread = thread::Builder::new().name(format!("rail-{rank}")).spawn(move || receiver.run())?;
         Ok(Self { source, links, routes, touched: Vec::new(), fences: 0, thread: Some(thread) })
     }

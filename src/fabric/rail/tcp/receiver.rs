@@ -12,8 +12,7 @@ use rustix::io::Errno;
 use super::frame::Frame;
 use super::inbox::{End, Inbox};
 use super::links::Links;
-use crate::fabric::mapped::Mapped;
-use crate::fabric::rail::{Listener, RailError};
+use crate::fabric::rail::{Landing, Listener, RailError};
 
 /// Connections that one sleep ends for at most; the others have their turn after these.
 const EVENTS: usize = 64;
@@ -36,20 +35,19 @@ struct Peer {
 }
 
 impl Receiver {
-    /// The thread's part for `peers`, ranks with their connections, whose postings land in `region`.
+    /// The thread's part for `peers`, ranks with their connections, whose postings land in `landing`.
     ///
     /// # Safety
-    /// The region stays mapped until the thread has ended, and nobody touches a posting's target before its word is
-    /// written.
+    /// Nobody touches a posting's target before its word is written.
     pub unsafe fn new(
         links: Arc<Links>,
         listener: Arc<dyn Listener>,
-        region: Mapped,
+        landing: Arc<dyn Landing>,
         peers: impl Iterator<Item = (usize, Range<usize>)>,
     ) -> Self {
         let peers: Vec<Peer> = peers.map(|(rank, links)| Peer { rank, open: links.len(), links }).collect();
         let count = peers.iter().map(|peer| peer.open).sum();
-        let inboxes = (0..count).map(|_| Some(Inbox::new(region))).collect();
+        let inboxes = (0..count).map(|_| Some(Inbox::new(landing.clone()))).collect();
         Self { links, listener, peers, inboxes }
     }
 
@@ -102,6 +100,7 @@ impl Receiver {
             End::Closed => send_failure.map(|errno| errno.to_string()),
             End::Failed(errno) => Some(errno.to_string()),
             End::Garbage(error) => Some(error.to_string()),
+            End::Unpublished(error) => Some(error.to_string()),
         };
         if failure.is_some() {
             for link in links.filter(|&other| other != link) {
