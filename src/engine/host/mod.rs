@@ -449,8 +449,13 @@ impl Worker<'_> {
         let still = Duration::from_micros(micros.saturating_sub(run.moved_at.load(Ordering::Relaxed)));
         // Another task's wait may have ended in a fault while this pass was at its questions.
         if waited.min(still) > deadline && self.world.control.fault().is_none() {
-            let inquiry = Inquiry { world: self.world, runs: &self.runs, run, wait };
-            self.world.broadcast(run, inquiry.blame());
+            let moved = run.moved_at.load(Ordering::Relaxed);
+            let fault = Inquiry { world: self.world, runs: &self.runs, run, wait }.blame();
+            // Questions take a while, in which what was awaited may have come: then nobody is to blame, and this rank,
+            // which waits no more, least of all.
+            if run.moved_at.load(Ordering::Relaxed) == moved {
+                self.world.broadcast(run, fault);
+            }
         }
     }
 }
