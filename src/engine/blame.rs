@@ -8,7 +8,7 @@ use crate::error::{AWAITED, Wait};
 use crate::wire::region::Lane;
 
 /// How long ranks in other processes have to say what they wait for.
-const QUESTIONING: Duration = Duration::from_millis(500);
+const QUESTIONING: Duration = Duration::from_millis(700);
 
 /// A wait that expired, and whom one may ask.
 pub struct Inquiry<'a> {

@@ -448,8 +448,13 @@ impl Worker<'_> {
             let waits =
                 |rank| Answer::Waits(watch::waits(self.runs.iter().filter(|other| other.rank == rank)));
             let (control, rank, lane) = (&*self.world.control, run.rank, run.op.lane());
+            let moved = run.moved_at.load(Ordering::Relaxed);
             let wait = Inquiry { control, rank, lane, wait, waits: &waits }.last().wait;
-            self.world.broadcast(run, watch::fault(run, wait, Cause::Deadline(deadline)));
+            // Questions take a while, in which what was awaited may have come: then nobody is to blame, and this rank,
+            // which waits no more, least of all.
+            if run.moved_at.load(Ordering::Relaxed) == moved {
+                self.world.broadcast(run, watch::fault(run, wait, Cause::Deadline(deadline)));
+            }
         }
     }
 }
