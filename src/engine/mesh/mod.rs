@@ -85,8 +85,8 @@ struct State {
     questions: u64,
     /// Faults that have been told: they answer all questions.
     faults: u64,
-    /// By question and rank asked: what has been answered.
-    answers: HashMap<(u64, usize), Answer>,
+    /// By question that somebody waits with, and rank: what has been answered. Several threads may ask at a time.
+    asked: HashMap<u64, HashMap<usize, Answer>>,
     /// Resets this rank has come to, and what the last of them came to.
     attempts: u64,
     met: Option<Met>,
@@ -146,17 +146,16 @@ impl Mesh {
         let mut state = lock(&self.state);
         state.questions += 1;
         let (id, faults) = (state.questions, state.faults);
+        state.asked.insert(id, HashMap::new());
         drop(state);
         ranks.iter().for_each(|&rank| self.tell(rank, &Message::Ask { id }));
         let mut state = self.wait_until(end, |state| {
-            let answered = |&rank: &usize| state.closed[rank] || state.answers.contains_key(&(id, rank));
+            let answered = |rank: &usize| state.closed[*rank] || state.asked[&id].contains_key(rank);
             state.faults != faults || ranks.iter().all(answered)
         });
-        let answer = |&rank: &usize| state.answers.remove(&(id, rank)).unwrap_or(Answer::None);
-        let answers = ranks.iter().map(answer).collect();
         // What comes later is for nobody.
-        state.answers.retain(|(question, _), _| *question > id);
-        answers
+        let mut answers = state.asked.remove(&id).unwrap_or_default();
+        ranks.iter().map(|rank| answers.remove(rank).unwrap_or(Answer::None)).collect()
     }
 
     /// Meets all ranks at a reset; `gone` are those that can't come.
@@ -246,7 +245,9 @@ impl Mesh {
                 let read =
                     |waits: Vec<_>| waits.into_iter().map(|(micros, wait)| (since(micros), wait)).collect();
                 let answer = waits.map_or(Answer::Later, |waits| Answer::Waits(waits.map(read)));
-                state.answers.insert((id, rank), answer);
+                if let Some(answers) = state.asked.get_mut(&id) {
+                    answers.insert(rank, answer);
+                }
             }
             Message::Met { attempt, missing, after } => state.met = Some(Met { attempt, missing, after }),
             Message::Bring { gather, bytes } => {
@@ -290,4 +291,51 @@ pub enum Absent {
     Late(Vec<usize>),
     /// This one is gone.
     Lost(usize),
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+    use std::thread;
+
+    use super::*;
+
+    /// The mesh of rank 0, with ranks that hear and say nothing.
+    fn deaf(ranks: usize) -> (Mesh, Vec<TcpStream>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let link = |_| {
+            let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            (near, listener.accept().unwrap().0)
+        };
+        let (near, far): (Vec<_>, Vec<_>) = (1..ranks).map(link).unzip();
+        let links = [None].into_iter().chain(near.into_iter().map(Some)).collect();
+        (Mesh::new(0, links).unwrap(), far)
+    }
+
+    #[test]
+    fn a_question_leaves_the_answers_to_others_alone() {
+        let (mesh, _far) = deaf(3);
+        let answer = |id| mesh.note(1, Message::Answer { id, waits: Some(Default::default()) });
+        let nothing = || Answer::Waits(LaneWaits::default());
+        let until_asked = |id| {
+            while !lock(&mesh.state).asked.contains_key(&id) {
+                thread::yield_now();
+            }
+        };
+        let (soon, late) =
+            (Instant::now() + Duration::from_millis(300), Instant::now() + Duration::from_secs(60));
+        thread::scope(|scope| {
+            // Rank 2 keeps the first waiting when all is over for the second.
+            let first = scope.spawn(|| mesh.ask(&[1, 2], soon));
+            until_asked(1);
+            let second = scope.spawn(|| mesh.ask(&[1], late));
+            until_asked(2);
+            answer(1);
+            answer(2);
+            assert_eq!(second.join().unwrap(), [nothing()]);
+            assert_eq!(first.join().unwrap(), [nothing(), Answer::None]);
+        });
+        answer(1);
+        assert!(lock(&mesh.state).asked.is_empty());
+    }
 }
