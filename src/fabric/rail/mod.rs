@@ -26,7 +26,7 @@ pub use staged::{Inbox, Outbox, Staged, StagedRail};
 #[cfg(target_os = "linux")]
 pub use tcp::{TcpPeer, TcpRail};
 #[cfg(target_os = "linux")]
-pub use verbs::{NicMemory, VerbsEnd, VerbsError, VerbsRail, VerbsSetup};
+pub use verbs::{Gid, NicMemory, RdmaSysfs, VerbsEnd, VerbsError, VerbsRail, VerbsSetup, verbs_library};
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

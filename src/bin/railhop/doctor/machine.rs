@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use railhop::fabric::rail::RdmaSysfs;
+
 /// Where these files are.
 pub struct Machine {
     root: PathBuf,
@@ -22,6 +24,11 @@ impl Machine {
     fn path(&self, path: impl AsRef<Path>) -> PathBuf {
         let path = path.as_ref();
         self.root.join(path.strip_prefix("/").unwrap_or(path))
+    }
+
+    /// What it says of RDMA devices.
+    pub fn rdma(&self) -> RdmaSysfs {
+        RdmaSysfs::at(self.path("/sys"))
     }
 
     /// Whether there is such a file.
@@ -51,13 +58,5 @@ impl Machine {
         let text = self.read(path)?;
         let value = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
         Some(value.trim().to_string())
-    }
-
-    /// The names in a directory, numbers in their order.
-    pub fn list(&self, path: impl AsRef<Path>) -> Vec<String> {
-        let entries = fs::read_dir(self.path(path)).into_iter().flatten().flatten();
-        let mut names: Vec<_> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
-        names.sort_by_key(|name| (name.parse().unwrap_or(u64::MAX), name.clone()));
-        names
     }
 }

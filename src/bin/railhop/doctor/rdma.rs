@@ -1,21 +1,10 @@
 //! What hop 1 may run on between nodes: RDMA devices, their ports, and the library that reaches them.
 
-// Opening a library runs its initialisers.
-#![allow(unsafe_code)]
-
-use std::net::Ipv6Addr;
-
-use libloading::Library;
+use railhop::fabric::rail::{Gid, verbs_library};
 use serde_json::{Value, json};
 
 use super::finding::{Finding, Topic};
 use super::machine::Machine;
-
-/// Where the kernel lists devices.
-const DEVICES: &str = "/sys/class/infiniband";
-
-/// What reaches them.
-const LIBRARY: &str = "libibverbs.so.1";
 
 /// Headers of a RoCE packet, at most.
 const ROCE_HEADERS: u64 = 96;
@@ -26,7 +15,8 @@ const MAX_PATH_MTU: u64 = 4096;
 /// What is here of RDMA.
 pub fn findings(machine: &Machine) -> Vec<Finding> {
     let mut findings = vec![library()];
-    let ports: Vec<_> = machine.list(DEVICES).iter().flat_map(|device| Port::all(machine, device)).collect();
+    let ports: Vec<_> =
+        machine.rdma().devices().iter().flat_map(|device| Port::all(machine, device)).collect();
     let active = ports.iter().filter(|port| port.is_active()).count();
     let summary = Finding::ok(Topic::Rdma, "ports", format!("{active} of {} active", ports.len()));
     findings.push(match (active, ports.is_empty()) {
@@ -41,10 +31,9 @@ pub fn findings(machine: &Machine) -> Vec<Finding> {
 }
 
 fn library() -> Finding {
-    // SAFETY: the initialisers of libibverbs depend on nothing of this process, and nothing is called.
-    match unsafe { Library::new(LIBRARY) } {
-        Ok(_) => Finding::ok(Topic::Rdma, "library", format!("{LIBRARY} is here")),
-        Err(error) => Finding::ok(Topic::Rdma, "library", error.to_string())
+    match verbs_library() {
+        Ok(()) => Finding::ok(Topic::Rdma, "library", "libibverbs is here"),
+        Err(reason) => Finding::ok(Topic::Rdma, "library", reason)
             .missing("install rdma-core (libibverbs1 and ibverbs-providers on Debian)"),
     }
 }
@@ -52,71 +41,46 @@ fn library() -> Finding {
 /// A port of a device.
 struct Port {
     device: String,
-    number: String,
-    /// As the kernel says it, without its number: `ACTIVE`, `DOWN`, …
+    number: u8,
+    /// As the kernel says it: `ACTIVE`, `DOWN`, …
     state: String,
     physical: String,
     link_layer: String,
     rate: String,
-    /// Those that are set.
     gids: Vec<Gid>,
+    /// The one that is used where none is named.
+    gid: Option<Gid>,
     /// The network device behind a RoCE port, and its MTU.
     net_device: Option<(String, Option<u64>)>,
 }
 
-/// An address of a port.
-struct Gid {
-    index: String,
-    address: Ipv6Addr,
-    kind: String,
-}
-
-impl Gid {
-    /// The entry of the table, if it is set.
-    fn read(machine: &Machine, port: &str, index: &str) -> Option<Self> {
-        let address: Ipv6Addr = machine.read(format!("{port}/gids/{index}"))?.parse().ok()?;
-        let kind = machine.read(format!("{port}/gid_attrs/types/{index}")).unwrap_or_default();
-        (!address.is_unspecified()).then(|| Self { index: index.to_string(), address, kind })
-    }
-
-    /// Whether it is routable RoCE with an address that others can be given.
-    fn is_roce_v2(&self) -> bool {
-        self.kind.contains("v2")
-    }
-
-    fn address(&self) -> String {
-        self.address.to_ipv4_mapped().map_or(self.address.to_string(), |address| address.to_string())
-    }
+/// An address, as people write it.
+fn address(gid: &Gid) -> String {
+    gid.address.to_ipv4_mapped().map_or(gid.address.to_string(), |address| address.to_string())
 }
 
 impl Port {
     fn all(machine: &Machine, device: &str) -> Vec<Self> {
-        let ports = format!("{DEVICES}/{device}/ports");
-        machine.list(&ports).into_iter().map(|number| Self::read(machine, device, number)).collect()
+        machine.rdma().ports(device).into_iter().map(|number| Self::read(machine, device, number)).collect()
     }
 
-    fn read(machine: &Machine, device: &str, number: String) -> Self {
-        let path = format!("{DEVICES}/{device}/ports/{number}");
-        // "4: ACTIVE".
-        let word = |file: &str| {
-            let text = machine.read(format!("{path}/{file}")).unwrap_or_else(|| "unknown".to_string());
-            text.rsplit(": ").next().unwrap_or_default().to_string()
-        };
-        let indices = machine.list(format!("{path}/gids"));
-        let net_device =
-            indices.iter().find_map(|index| machine.read(format!("{path}/gid_attrs/ndevs/{index}")));
+    fn read(machine: &Machine, device: &str, number: u8) -> Self {
+        let sysfs = machine.rdma();
+        let word = |file| sysfs.attribute(device, number, file).unwrap_or_else(|| "unknown".into());
+        let net_device = sysfs.net_device(device, number).map(|name| {
+            let mtu = machine.number(format!("/sys/class/net/{name}/mtu"));
+            (name, mtu)
+        });
         Self {
             device: device.to_string(),
+            number,
             state: word("state"),
             physical: word("phys_state"),
             link_layer: word("link_layer"),
             rate: word("rate"),
-            gids: indices.iter().filter_map(|index| Gid::read(machine, &path, index)).collect(),
-            net_device: net_device.map(|name| {
-                let mtu = machine.number(format!("/sys/class/net/{name}/mtu"));
-                (name, mtu)
-            }),
-            number,
+            gids: sysfs.gids(device, number),
+            gid: sysfs.gid(device, number, None),
+            net_device,
         }
     }
 
@@ -126,17 +90,6 @@ impl Port {
 
     fn is_roce(&self) -> bool {
         self.link_layer == "Ethernet"
-    }
-
-    /// The GID to use: on RoCE the first routable one, IPv4 before IPv6.
-    fn gid(&self) -> Option<&Gid> {
-        match self.is_roce() {
-            false => self.gids.first(),
-            true => {
-                let usable = || self.gids.iter().filter(|gid| gid.is_roce_v2());
-                usable().find(|gid| gid.address.to_ipv4_mapped().is_some()).or_else(|| usable().next())
-            }
-        }
     }
 
     /// The payload of a RoCE packet; what InfiniBand's is, only the subnet manager says.
@@ -163,8 +116,8 @@ impl Port {
             words.push(format!("{name}{mtu}"));
         }
         words.extend(self.path_mtu().map(|mtu| format!("path mtu {mtu}")));
-        words.push(match self.gid() {
-            Some(gid) => format!("GID {} = {} of {}", gid.index, gid.address(), self.gids.len()),
+        words.push(match &self.gid {
+            Some(gid) => format!("GID {} = {} of {}", gid.index, address(gid), self.gids.len()),
             None => "no GID that is of use".to_string(),
         });
         words.join(", ")
@@ -186,7 +139,7 @@ impl Port {
             }
             _ => return Some(format!("link is {}: look at cable and switch", self.physical)),
         }
-        if self.gid().is_none() {
+        if self.is_roce() && !self.gid.is_some_and(|gid| gid.is_roce_v2) {
             return Some(format!("give {behind} an IP address: a RoCE v2 GID comes with it"));
         }
         let is_small = self.path_mtu().is_some_and(|mtu| mtu < MAX_PATH_MTU);
@@ -196,13 +149,14 @@ impl Port {
     }
 
     fn json(&self) -> Value {
-        let gid = |gid: &Gid| json!({ "index": gid.index, "address": gid.address(), "type": gid.kind });
+        let gid =
+            |gid: &Gid| json!({ "index": gid.index, "address": address(gid), "roce_v2": gid.is_roce_v2 });
         json!({
             "device": self.device, "port": self.number, "state": self.state, "physical_state": self.physical,
             "link_layer": self.link_layer, "rate": self.rate, "path_mtu": self.path_mtu(),
             "net_device": self.net_device.as_ref().map(|(name, mtu)| json!({ "name": name, "mtu": mtu })),
             "gids": self.gids.iter().map(gid).collect::<Vec<_>>(),
-            "gid": self.gid().map(|gid| gid.index.clone()),
+            "gid": self.gid.map(|gid| gid.index),
         })
     }
 }
@@ -262,7 +216,7 @@ mod tests {
             port.value,
             "ACTIVE, Ethernet, 100 Gb/sec (4X EDR), eth2 (mtu 9000), path mtu 4096, GID 10 = 10.78.0.1 of 3"
         );
-        assert_eq!((&port.details["gid"], &port.details["path_mtu"]), (&"10".into(), &4096.into()));
+        assert_eq!((&port.details["gid"], &port.details["path_mtu"]), (&10.into(), &4096.into()));
         assert_eq!(port.details["gids"].as_array().unwrap().len(), 3);
     }
 
@@ -289,7 +243,7 @@ mod tests {
             [("gids/0", "fe80:0000:0000:0000:0002:c903:0000:0001"), ("gid_attrs/types/0", "IB/RoCE v1")];
         let root = port("mlx5_1", "4: ACTIVE", "InfiniBand", &gid);
         let port = &ports(&root)[1];
-        assert_eq!((port.state, &port.details["gid"]), (State::Ok, &"0".into()));
+        assert_eq!((port.state, &port.details["gid"]), (State::Ok, &0.into()));
         assert_eq!(port.details["path_mtu"], Value::Null);
         let unmanaged = ports(&self::port("mlx5_1", "2: INIT", "InfiniBand", &gid));
         assert_eq!((unmanaged[0].state, unmanaged[1].state), (State::Missing, State::Warning));

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::error::VerbsError;
 use super::object::{Channel, Completions, Context, Domain, Object, Receives};
-use super::sysfs::{Gid, Sysfs};
+use super::sysfs::{Gid, RdmaSysfs};
 use crate::config::Verbs;
 use crate::sys::verbs::{self as sys, Library};
 
@@ -38,7 +38,7 @@ impl Device {
     /// Opens the device that `config` names, or the one that suits the rank best.
     pub(super) fn open(config: &Verbs, preference: Preference<'_>) -> Result<Self, VerbsError> {
         let library = Library::get().map_err(VerbsError::NoLibrary)?;
-        let (list, sysfs) = (List::new(library), Sysfs::default());
+        let (list, sysfs) = (List::new(library), RdmaSysfs::default());
         let (name, port_number) = choose(config, preference, &list.names(), &sysfs)?;
         let context = Arc::new(list.open(&name)?);
         // SAFETY: plain numbers, for which zeros do.
@@ -122,7 +122,7 @@ fn choose(
     config: &Verbs,
     preference: Preference<'_>,
     names: &[String],
-    sysfs: &Sysfs,
+    sysfs: &RdmaSysfs,
 ) -> Result<(String, u8), VerbsError> {
     let wanted = |name: &&String| config.device.as_ref().is_none_or(|wanted| wanted == *name);
     let candidates: Vec<&str> = names.iter().filter(wanted).map(String::as_str).collect();

@@ -27,6 +27,7 @@ mod traffic;
 
 pub use error::VerbsError;
 pub use memory::NicMemory;
+pub use sysfs::{Gid, RdmaSysfs};
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -45,7 +46,16 @@ use traffic::{Parts, Peer, Traffic};
 
 use super::{Completion, Listener, NetworkRail, Rail, RailError};
 use crate::config::Verbs;
+use crate::sys::verbs::Library;
 use crate::wire::posting::Posting;
+
+/// Whether libibverbs can be loaded; why, if not.
+///
+/// # Errors
+/// What the loader says.
+pub fn verbs_library() -> Result<(), String> {
+    Library::get().map(drop)
+}
 
 /// Work requests of a queue pair under way at most, where the device has room for them.
 const REQUESTS: usize = 256;
@@ -154,7 +164,7 @@ impl VerbsSetup {
             key: self.region.remote_key(),
             base: bytemuck::cast(self.region.address()),
             bytes: bytemuck::cast(self.region.bytes() as u64),
-            gid: gid.map_or([0; 16], |gid| gid.bytes),
+            gid: gid.map_or([0; 16], |gid| gid.address.octets()),
             lid: port.lid,
             mtu: port.active_mtu as u8,
             is_ethernet: self.device.is_ethernet().into(),

@@ -1,79 +1,118 @@
 //! What the system says of RDMA devices: their ports, their addresses, and where they are plugged in.
 
+use std::cmp::Reverse;
 use std::fs;
 use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 /// A port's entry in the table of addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Gid {
-    pub(super) index: u8,
-    pub(super) bytes: [u8; 16],
+pub struct Gid {
+    /// Its place in the table.
+    pub index: u8,
+    /// The address; an IPv4 one is mapped.
+    pub address: Ipv6Addr,
+    /// Whether packets to it cross routers: RoCE version 2. Otherwise it is InfiniBand, or RoCE version 1.
+    pub is_roce_v2: bool,
 }
 
-/// `/sys`, or a tree like it.
-pub(super) struct Sysfs {
+impl Gid {
+    /// Which of a port's entries is the best: of RoCE version 2 with an IPv4 address, for that crosses routers and is
+    /// what networks are set up for; then version 2 with an IPv6 address, a global one first; then version 1, or
+    /// InfiniBand's. The order of the table differs from machine to machine.
+    fn worth(&self) -> impl Ord + use<> {
+        let (is_ipv4, is_local) =
+            (self.address.to_ipv4_mapped().is_some(), self.address.is_unicast_link_local());
+        (self.is_roce_v2, is_ipv4, !is_local, Reverse(self.index))
+    }
+}
+
+/// What `/sys`, or a tree like it, says of RDMA devices.
+pub struct RdmaSysfs {
     root: PathBuf,
 }
 
-impl Default for Sysfs {
+impl Default for RdmaSysfs {
     fn default() -> Self {
-        Self { root: "/sys".into() }
+        Self::at("/sys")
     }
 }
 
-impl Sysfs {
-    fn device(&self, device: &str) -> PathBuf {
-        self.root.join("class/infiniband").join(device)
+impl RdmaSysfs {
+    /// The tree at `root`.
+    pub fn at(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    fn class(&self) -> PathBuf {
+        self.root.join("class/infiniband")
     }
 
     fn port(&self, device: &str, port: u8) -> PathBuf {
-        self.device(device).join("ports").join(port.to_string())
+        self.class().join(device).join("ports").join(port.to_string())
     }
 
-    /// The state of a port by its name, as in `ACTIVE`.
-    pub(super) fn state(&self, device: &str, port: u8) -> String {
-        let state = fs::read_to_string(self.port(device, port).join("state")).unwrap_or_default();
-        state.trim().rsplit(": ").next().filter(|name| !name.is_empty()).unwrap_or("absent").to_string()
-    }
-
-    /// Whether a port carries data.
-    pub(super) fn is_active(&self, device: &str, port: u8) -> bool {
-        self.state(device, port).starts_with("ACTIVE")
+    /// The names of all devices.
+    pub fn devices(&self) -> Vec<String> {
+        let mut names: Vec<String> = entries(&self.class()).collect();
+        names.sort();
+        names
     }
 
     /// The device's ports in order.
-    pub(super) fn ports(&self, device: &str) -> Vec<u8> {
-        let entries = fs::read_dir(self.device(device).join("ports")).into_iter().flatten().flatten();
-        let mut ports: Vec<u8> =
-            entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    pub fn ports(&self, device: &str) -> Vec<u8> {
+        let mut ports: Vec<u8> = entries(&self.class().join(device).join("ports")).collect();
         ports.sort_unstable();
         ports
     }
 
-    /// The port's address: the entry at `wanted`, or else the best: of RoCE version 2 with an IPv4 address, for that
-    /// crosses routers and is what networks are set up for; then version 2 with an IPv6 address, a global one first;
-    /// then version 1, or InfiniBand's. The order of the table differs from machine to machine.
-    pub(super) fn gid(&self, device: &str, port: u8, wanted: Option<u8>) -> Option<Gid> {
-        let entries = fs::read_dir(self.port(device, port).join("gids")).into_iter().flatten().flatten();
-        let indices = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u8>().ok());
-        let gids = indices.filter(|&index| wanted.is_none_or(|wanted| wanted == index));
-        let gids = gids.filter_map(|index| self.read_gid(device, port, index));
-        gids.max_by_key(|gid| (self.worth(device, port, gid), std::cmp::Reverse(gid.index)))
+    /// What the kernel says of a port in a file of this name, without the number that may stand before.
+    pub fn attribute(&self, device: &str, port: u8, name: &str) -> Option<String> {
+        let text = fs::read_to_string(self.port(device, port).join(name)).ok()?;
+        text.trim().rsplit(": ").next().filter(|word| !word.is_empty()).map(String::from)
+    }
+
+    /// The state of a port by its name, as in `ACTIVE`.
+    pub fn state(&self, device: &str, port: u8) -> String {
+        self.attribute(device, port, "state").unwrap_or_else(|| "absent".into())
+    }
+
+    /// Whether a port carries data.
+    pub fn is_active(&self, device: &str, port: u8) -> bool {
+        self.state(device, port).starts_with("ACTIVE")
+    }
+
+    /// The network device behind a port.
+    pub fn net_device(&self, device: &str, port: u8) -> Option<String> {
+        let named = |index: u8| self.attribute(device, port, &format!("gid_attrs/ndevs/{index}"));
+        self.indices(device, port).find_map(named)
+    }
+
+    /// The port's address: the entry at `wanted`, or else the best.
+    pub fn gid(&self, device: &str, port: u8, wanted: Option<u8>) -> Option<Gid> {
+        let gids = self.gids(device, port).into_iter();
+        gids.filter(|gid| wanted.is_none_or(|wanted| wanted == gid.index)).max_by_key(Gid::worth)
+    }
+
+    /// The port's table of addresses without its empty entries, in order.
+    pub fn gids(&self, device: &str, port: u8) -> Vec<Gid> {
+        self.indices(device, port).filter_map(|index| self.read_gid(device, port, index)).collect()
+    }
+
+    fn indices(&self, device: &str, port: u8) -> impl Iterator<Item = u8> + use<> {
+        let mut indices: Vec<u8> = entries(&self.port(device, port).join("gids")).collect();
+        indices.sort_unstable();
+        indices.into_iter()
     }
 
     /// The entry at `index`; none where it is empty.
     fn read_gid(&self, device: &str, port: u8, index: u8) -> Option<Gid> {
-        let text = fs::read_to_string(self.port(device, port).join("gids").join(index.to_string())).ok()?;
-        let bytes = text.trim().parse::<Ipv6Addr>().ok()?.octets();
-        bytes.iter().any(|&byte| byte != 0).then_some(Gid { index, bytes })
-    }
-
-    fn worth(&self, device: &str, port: u8, gid: &Gid) -> (bool, bool, bool) {
-        let path = self.port(device, port).join("gid_attrs/types").join(gid.index.to_string());
-        let version_2 = fs::read_to_string(path).is_ok_and(|kind| kind.trim() == "RoCE v2");
-        let address = Ipv6Addr::from(gid.bytes);
-        (version_2, address.to_ipv4_mapped().is_some(), !address.is_unicast_link_local())
+        let text = fs::read_to_string(self.port(device, port).join(format!("gids/{index}"))).ok()?;
+        let address: Ipv6Addr = text.trim().parse().ok()?;
+        let kind = self.attribute(device, port, &format!("gid_attrs/types/{index}"));
+        let is_roce_v2 = kind.is_some_and(|kind| kind == "RoCE v2");
+        (!address.is_unspecified()).then_some(Gid { index, address, is_roce_v2 })
     }
 
     /// Of `devices`, those that share most of the way through the machine with the PCI function at `address`.
@@ -82,12 +121,18 @@ impl Sysfs {
             return devices.to_vec();
         };
         let shared = |device: &&str| {
-            let own = fs::canonicalize(self.device(device).join("device")).unwrap_or_default();
+            let own = fs::canonicalize(self.class().join(device).join("device")).unwrap_or_default();
             common(&place, &own)
         };
         let most = devices.iter().map(shared).max();
         devices.iter().filter(|device| Some(shared(device)) == most).copied().collect()
     }
+}
+
+/// What is in a folder that reads as a `T`.
+fn entries<T: FromStr>(folder: &Path) -> impl Iterator<Item = T> + use<T> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
 /// Folders that two paths have in common.
@@ -101,12 +146,12 @@ mod tests {
 
     use super::*;
 
-    struct Machine(tempfile::TempDir, Sysfs);
+    struct Machine(tempfile::TempDir, RdmaSysfs);
 
     impl Machine {
         fn new() -> Self {
             let folder = tempfile::tempdir().unwrap();
-            let sysfs = Sysfs { root: folder.path().into() };
+            let sysfs = RdmaSysfs::at(folder.path());
             Self(folder, sysfs)
         }
 
