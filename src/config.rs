@@ -1,9 +1,9 @@
 //! What a world is made of, decided once: the builder refuses what can't make progress.
 
-use std::net::IpAddr;
 use std::time::Duration;
 
 use crate::error::ConfigError;
+use crate::interface::Interface;
 use crate::topology::{ExpertPlacement, Topology};
 
 /// The longest `topk` a slot header can carry.
@@ -110,8 +110,8 @@ pub enum Carrier {
 pub struct Network {
     /// What carries hop 1.
     pub carrier: Carrier,
-    /// The address of this rank that others connect to; by default the one from which it reaches the others.
-    pub interface: Option<IpAddr>,
+    /// Where others connect to this rank; by default the address from which it reaches the others.
+    pub interface: Option<Interface>,
     /// TCP connections to each rail peer: the smaller number of the two ends counts.
     pub connections: usize,
     /// RDMA.

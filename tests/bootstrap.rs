@@ -677,7 +677,7 @@ fn only_the_configured_interface_is_bound() {
         let at: SocketAddr = ([127, 0, 0, 2], quiet_port()).into();
         // The store's address is not the one that is bound: another machine would see it translated, say.
         let translated = StoreConfig {
-            interface: Some(at.ip()),
+            interface: Some(at.ip().into()),
             address: Address { host: "203.0.113.9".into(), port: at.port() },
             ..config(2, 0, at)
         };

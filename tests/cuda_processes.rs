@@ -95,7 +95,7 @@ fn join(config: &Config, rank: usize) -> Communicator {
 }
 
 fn world(nodes: usize, ranks_per_node: usize, deadline: Duration) -> Config {
-    let interface = Some(IpAddr::from(Ipv4Addr::LOCALHOST));
+    let interface = Some(IpAddr::from(Ipv4Addr::LOCALHOST).into());
     let config = config(nodes, ranks_per_node).deadline(deadline);
     config
         .network(Network { interface, ..Network::default() })

@@ -191,8 +191,8 @@ fn ranks_are_told_their_place_whatever_the_launcher_was_told() {
         let place = [member.rank, member.world_size, local.rank, local.size];
         assert_eq!(place, [rank, 8, rank % 4, 4]);
         assert_eq!(
-            (member.launcher, member.interface, &member.secret_file),
-            (Launcher::Explicit, None, &None)
+            (member.launcher, &member.interface, &member.secret_file),
+            (Launcher::Explicit, &None, &None)
         );
         assert_eq!((&member.store, &member.job_id), (&members[0].store, &members[0].job_id));
         assert_eq!(member.topology().unwrap().nodes(), 2);

@@ -45,7 +45,7 @@ fn main() -> ExitCode {
 fn process(member: &Member) -> Result<String, Failure> {
     let mut store = Store::connect(&StoreConfig::of(member, wire::layout(), DEADLINE)?)?;
     // Channels are the same on all ranks, whatever their machines; workers are this rank's own.
-    let network = Network { interface: member.interface, ..Network::default() };
+    let network = Network { interface: member.interface.clone(), ..Network::default() };
     let topology = member.find_topology(&mut store, DEADLINE)?;
     let config = config(topology)?.network(network).channels(1).worker_budget(1).build()?;
     let communicator = ProcessWorld::join(&mut store, config)?;

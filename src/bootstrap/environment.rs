@@ -1,7 +1,7 @@
 //! What launchers say in the environment.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::Ipv4Addr;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -10,6 +10,7 @@ use std::time::Duration;
 use super::error::BootstrapError;
 use super::hostlist::{expand_hosts, tasks_of_node};
 use super::{Bootstrap, machine};
+use crate::interface::Interface;
 use crate::topology::Topology;
 
 /// Where ports lie that are derived from a job's id: below those that systems give to outgoing connections, and clear
@@ -183,8 +184,8 @@ pub struct Local {
 /// | rank 0's host | `MASTER_ADDR` | | | first of `SLURM_STEP_NODELIST`, `SLURM_JOB_NODELIST` | `RAILHOP_STORE` (host:port) |
 /// | job | `TORCHELASTIC_RUN_ID`, `TORCHELASTIC_RESTART_COUNT`, `MASTER_ADDR`, `MASTER_PORT` | `PMIX_NAMESPACE` | | `SLURM_JOB_ID`, `SLURM_STEP_ID` | `RAILHOP_JOB_ID` |
 ///
-/// Beside these, `RAILHOP_SECRET_FILE` names a file with the job's secret, and `RAILHOP_INTERFACE` the address that rank
-/// 0 listens on. An empty variable is one that is not set. Launchers nest (Slurm starts `mpirun`, a job script starts
+/// Beside these, `RAILHOP_SECRET_FILE` names a file with the job's secret, and `RAILHOP_INTERFACE` the network by which
+/// ranks are reached: the address of one, `eth0`, or `10.0.0.0/16`, which may be the same on all machines. An empty variable is one that is not set. Launchers nest (Slurm starts `mpirun`, a job script starts
 /// torchrun), so the innermost counts: the order of the columns.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Member {
@@ -198,8 +199,8 @@ pub struct Member {
     pub node: Option<usize>,
     /// Where rank 0 serves the store.
     pub store: Address,
-    /// The address rank 0 is to listen on, if not the store's.
-    pub interface: Option<IpAddr>,
+    /// The network by which this rank is reached, if it is not that of the store: there rank 0 listens.
+    pub interface: Option<Interface>,
     /// The file with the job's secret.
     pub secret_file: Option<PathBuf>,
     /// What tells the job from others; may be empty where there is a secret.
@@ -241,7 +242,7 @@ impl Member {
             (STORE, self.store.to_string()),
             (JOB_ID, self.job_id.clone()),
         ];
-        let interface = self.interface.map(|address| (INTERFACE, address.to_string()));
+        let interface = self.interface.as_ref().map(|interface| (INTERFACE, interface.to_string()));
         let secret = self.secret_file.as_ref().map(|path| (SECRET_FILE, path.display().to_string()));
         always.into_iter().chain(local).chain(interface).chain(secret).collect()
     }
@@ -519,12 +520,9 @@ impl Variables<'_> {
         }
     }
 
-    fn interface(&self) -> Result<Option<IpAddr>, BootstrapError> {
-        let Some(text) = self.get(INTERFACE) else { return Ok(None) };
-        match unbracketed(&text).parse() {
-            Ok(address) => Ok(Some(address)),
-            Err(_) => Err(self.refuse(INTERFACE, "not an IP address")),
-        }
+    fn interface(&self) -> Result<Option<Interface>, BootstrapError> {
+        let read = |text: String| unbracketed(&text).parse();
+        self.get(INTERFACE).map(read).transpose().map_err(|reason: String| self.refuse(INTERFACE, reason))
     }
 }
 
@@ -681,13 +679,19 @@ mod tests {
         assert_eq!((place(&got), got.node, got.launcher), ([1, 4, 1, 2], None, Launcher::Explicit));
         assert_eq!(got.store, Address { host: "fd00::2".into(), port: 7777 });
         assert_eq!(got.secret_file, Some("/run/secret".into()));
-        assert_eq!(got.interface, Some("fd00::3".parse().unwrap()));
+        assert_eq!(got.interface, Some(Interface::Address("fd00::3".parse().unwrap())));
         assert_eq!(got.job_id, "");
         let over = member(&format!("{TORCHRUN} {EXPLICIT} RAILHOP_WORLD_SIZE=")).unwrap();
         assert_eq!((place(&over), over.launcher), ([1, 8, 1, 2], Launcher::Torchrun));
         assert_eq!(over.store.port, 7777);
         blames(&format!("{EXPLICIT} RAILHOP_STORE=a"), "RAILHOP_STORE", Some("a"));
-        blames(&format!("{EXPLICIT} RAILHOP_INTERFACE=eth0"), "RAILHOP_INTERFACE", Some("eth0"));
+        let named = member(&format!("{EXPLICIT} RAILHOP_INTERFACE=eth0")).unwrap();
+        assert_eq!(named.interface, Some(Interface::Name("eth0".into())));
+        blames(
+            &format!("{EXPLICIT} RAILHOP_INTERFACE=10.0.0.0/33"),
+            "RAILHOP_INTERFACE",
+            Some("10.0.0.0/33"),
+        );
         blames(&format!("{EXPLICIT} RAILHOP_LOCAL_SIZE="), "RAILHOP_LOCAL_SIZE", None);
     }
 

@@ -16,6 +16,7 @@ use super::handshake::{Greeting, JobKey, VERSION};
 use super::hub::Hub;
 use super::server::Server;
 use crate::error::ConfigError;
+use crate::interface::Interface;
 
 /// The largest secret that is read.
 const MAX_SECRET: u64 = 64 << 10;
@@ -32,8 +33,8 @@ pub struct StoreConfig {
     pub world_size: usize,
     /// Where rank 0 serves.
     pub address: Address,
-    /// The address that rank 0 listens on, if not that of [`StoreConfig::address`]. No other is bound.
-    pub interface: Option<IpAddr>,
+    /// The interface that rank 0 listens on, if not that of [`StoreConfig::address`]. No other is bound.
+    pub interface: Option<Interface>,
     /// Whether some ranks run on other machines, so that a host name must not lead to this machine alone.
     pub is_remote: bool,
     /// What tells ranks of this job from others.
@@ -58,7 +59,7 @@ impl StoreConfig {
             rank: member.rank,
             world_size: member.world_size,
             address: member.store.clone(),
-            interface: member.interface,
+            interface: member.interface.clone(),
             is_remote: member.is_remote(),
             key: JobKey::new(secret.as_deref(), &member.job_id),
             layout,
@@ -124,8 +125,13 @@ impl StoreConfig {
     /// The addresses to listen on, of which the first that works is taken.
     fn own_addresses(&self, end: Instant) -> Result<Vec<SocketAddr>, BootstrapError> {
         let Address { host, port } = &self.address;
-        if let Some(interface) = self.interface {
-            return Ok(vec![(interface, *port).into()]);
+        if let Some(interface) = &self.interface {
+            let found = interface.address().map_err(|error| BootstrapError::Environment {
+                variable: INTERFACE.into(),
+                value: Some(interface.to_string()),
+                reason: error.to_string(),
+            })?;
+            return Ok(vec![(found, *port).into()]);
         }
         let what = || format!("the store's host {host:?} has no address");
         let addresses = resolve(host, *port, end).map_err(|error| BootstrapError::io(what(), &error))?;

@@ -25,6 +25,7 @@ use crate::fabric::mapped::Mapped;
 use crate::fabric::rail::{
     Listener, NetworkRail, NicMemory, TcpPeer, TcpRail, VerbsEnd, VerbsError, VerbsSetup,
 };
+use crate::interface::Interface;
 use crate::topology::Topology;
 use crate::wire::region::RegionMap;
 
@@ -252,8 +253,8 @@ impl Joining<'_> {
     fn prepare<M: Member>(&self, member: M) -> Result<Own<M>, String> {
         let Place { config, .. } = &self.place;
         let verbs = self.verbs(&member)?;
-        let interface = self.interface();
-        let door = Door::new(interface).map_err(|error| format!("connections to {interface}: {error}"))?;
+        let address = self.address()?;
+        let door = Door::new(address).map_err(|error| format!("connections to {address}: {error}"))?;
         let card = Card {
             agreement: config.agreement(),
             summary: config.summary(),
@@ -294,11 +295,12 @@ impl Joining<'_> {
     }
 
     /// The address that others are to connect to.
-    fn interface(&self) -> IpAddr {
-        let loopback = IpAddr::from(Ipv4Addr::LOCALHOST);
-        let known = self.place.config.network().interface.or_else(|| self.bootstrap.own_address());
-        let alone = self.topology().nodes() == 1;
-        known.unwrap_or_else(|| if alone { loopback } else { outward().unwrap_or(loopback) })
+    fn address(&self) -> Result<IpAddr, String> {
+        let chosen = self.place.config.network().interface.as_ref().map(Interface::address);
+        let known = chosen.transpose().map_err(|error| error.to_string())?;
+        let outward = || if self.topology().nodes() == 1 { None } else { outward() };
+        let found = known.or_else(|| self.bootstrap.own_address()).or_else(outward);
+        Ok(found.unwrap_or(Ipv4Addr::LOCALHOST.into()))
     }
 
     fn check(&self, cards: &[Card]) -> Result<(), JoinError> {

@@ -1,12 +1,13 @@
 //! Options that the commands share.
 
-use std::net::IpAddr;
 use std::time::Duration;
 
 use clap::ValueEnum;
 use railhop::budget::Overrides;
 use railhop::wire::device::HandleMap;
-use railhop::{Carrier, Config, ConfigBuilder, EngineKind, Network, RowFormat, RowShape, ScaleFormat, Verbs};
+use railhop::{
+    Carrier, Config, ConfigBuilder, EngineKind, Interface, Network, RowFormat, RowShape, ScaleFormat, Verbs,
+};
 
 /// The format rows are dispatched in.
 #[derive(Debug, Clone, Copy, clap::Args)]
@@ -151,9 +152,10 @@ pub struct NetworkArgs {
     /// What carries hop 1 [default: RDMA where all ranks have it, else TCP]
     #[arg(long, value_enum, default_value_t = CarrierName::Any, hide_default_value = true)]
     carrier: CarrierName,
-    /// The address that others connect to [default: RAILHOP_INTERFACE, else the one from which the store is reached]
-    #[arg(long, value_name = "ADDRESS")]
-    interface: Option<IpAddr>,
+    /// Where others connect to: an address, a network (10.0.0.0/16) or a name (eth0) [default: RAILHOP_INTERFACE, else
+    /// the address from which the store is reached]
+    #[arg(long, value_name = "INTERFACE")]
+    interface: Option<Interface>,
     /// TCP connections to each rail peer
     #[arg(long, default_value_t = Network::default().connections)]
     connections: usize,
@@ -192,14 +194,14 @@ enum CarrierName {
 
 impl NetworkArgs {
     /// The library's form of it; `interface` is that of the environment.
-    pub fn network(&self, interface: Option<IpAddr>) -> Network {
+    pub fn network(&self, interface: Option<Interface>) -> Network {
         Network {
             carrier: match self.carrier {
                 CarrierName::Any => Carrier::Any,
                 CarrierName::Tcp => Carrier::Tcp,
                 CarrierName::Verbs => Carrier::Verbs,
             },
-            interface: self.interface.or(interface),
+            interface: self.interface.clone().or(interface),
             connections: self.connections,
             verbs: Verbs {
                 device: self.verbs_device.clone(),

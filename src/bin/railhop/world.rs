@@ -104,7 +104,11 @@ impl Place {
                 return Err(WorldError::OtherSize { nodes, ranks_per_node, processes, launcher }.into());
             }
         };
-        Ok(Self { topology, member: Some(member.clone()), network: args.network.network(member.interface) })
+        Ok(Self {
+            topology,
+            member: Some(member.clone()),
+            network: args.network.network(member.interface.clone()),
+        })
     }
 
     /// What the configuration starts from. Processes of a machine share its cores, and what ranks must agree on does not

@@ -1,5 +1,6 @@
 //! What the environment says of this process's place in a job. Neither the job's id nor its secret is printed.
 
+use railhop::Interface;
 use railhop::bootstrap::{BootstrapError, Launcher, Member};
 use serde_json::json;
 
@@ -36,7 +37,7 @@ fn place(member: &Member) -> Finding {
 
 fn store(member: &Member) -> Finding {
     let (has_id, has_secret) = (!member.job_id.is_empty(), member.secret_file.is_some());
-    let interface = member.interface.map_or(String::new(), |address| format!(", interface {address}"));
+    let interface = member.interface.as_ref().map_or(String::new(), |named| format!(", interface {named}"));
     let known_by = match (has_id, has_secret) {
         (true, true) => "a job id and a secret",
         (true, false) => "a job id",
@@ -44,7 +45,7 @@ fn store(member: &Member) -> Finding {
     };
     let value = format!("{}{interface}, known by {known_by}", member.store);
     let finding = Finding::ok(Topic::Launcher, "store", value).with(json!({
-        "address": member.store.to_string(), "interface": member.interface.map(|address| address.to_string()),
+        "address": member.store.to_string(), "interface": member.interface.as_ref().map(Interface::to_string),
         "has_job_id": has_id, "has_secret": has_secret,
     }));
     finding.warn_if(

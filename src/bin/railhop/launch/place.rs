@@ -1,9 +1,9 @@
 //! What each rank is told of its world.
 
-use std::net::{IpAddr, Ipv4Addr, TcpListener};
+use std::net::{Ipv4Addr, TcpListener};
 
-use railhop::Topology;
 use railhop::bootstrap::{Address, Launcher, Local, Member, derived_port};
+use railhop::{Interface, Topology};
 
 /// Job ids that are tried for a port that is free.
 const ATTEMPTS: usize = 1000;
@@ -46,7 +46,7 @@ impl Job {
             local: Some(Local { rank: self.topology.local_of(rank), size: self.topology.ranks_per_node() }),
             node: None,
             store: self.store.clone(),
-            interface: self.addresses.as_ref().map(|addresses| IpAddr::V4(addresses[node])),
+            interface: self.addresses.as_ref().map(|addresses| Interface::Address(addresses[node].into())),
             secret_file: None,
             job_id: self.id.clone(),
             launcher: Launcher::Explicit,
