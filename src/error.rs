@@ -410,6 +410,15 @@ pub enum Cause {
     Device(String),
     /// What carries hop 1 to the rank has failed; how.
     Rail(String),
+    /// What the rank itself is connected by has failed; how.
+    Link(String),
+}
+
+impl Cause {
+    /// The rank to look at, where `rank` can't go on for want of `peer`.
+    pub(crate) fn culprit(&self, rank: usize, peer: usize) -> usize {
+        if matches!(self, Self::Link(_)) { rank } else { peer }
+    }
 }
 
 /// The record of the first fault of a world. It poisons the communicator until `reset`.
@@ -437,6 +446,7 @@ impl fmt::Display for Fault {
             Cause::Panicked(message) => write!(f, "a role of rank {} panicked: {message}", self.rank)?,
             Cause::Device(message) => write!(f, "the device of rank {} has failed: {message}", self.rank)?,
             Cause::Rail(message) => write!(f, "rank {} can't be reached: {message}", self.rank)?,
+            Cause::Link(message) => write!(f, "rank {} is cut off: {message}", self.rank)?,
             Cause::Proxy(message) => write!(f, "the proxy of rank {} has stopped: {message}", self.rank)?,
         }
         write!(f, "; seen by rank {} in {} of epoch {}", self.reporter, self.kind, self.epoch)?;

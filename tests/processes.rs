@@ -12,9 +12,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{BF16, Case};
-use processes::{DEADLINE, Event, LATE, Processes, Said, Start, killed, part, raise, say, well};
+use processes::{
+    DEADLINE, Event, Processes, Said, Start, config, is_over_rdma, killed, late, part, raise, say, well,
+};
 use railhop::bootstrap::{Bootstrap, BootstrapError, Store, StoreConfig};
-use railhop::error::Fault;
+use railhop::error::{Cause, Fault};
+use railhop::fabric::rail::RdmaSysfs;
 use railhop::{
     Combine, Communicator, Config, Error, Handle, Network, ProcessWorld, RecvBuffer, RowFormat, RowShape,
     Topology,
@@ -113,14 +116,6 @@ fn a_rank_of_its_own() {
         Part::Resets(times) => reset(times),
         Part::Misfits(misfit) => misfit_joins(misfit),
     }
-}
-
-fn config(nodes: usize, ranks_per_node: usize) -> Config {
-    let topology = Topology::new(nodes, ranks_per_node).unwrap();
-    let experts = 2 * topology.world_size();
-    let config = Config::builder(topology).experts(experts).max_hidden(512).max_topk(4).channels(2);
-    let config = config.worker_budget(2).ring_slots(8).chunk_tokens(2).pool_bytes(64 << 20);
-    config.deadline(DEADLINE).build().unwrap()
 }
 
 /// Rows enough for an operation to take a while.
@@ -254,10 +249,7 @@ impl Survivor {
             Act::Kill => raise(Signal::KILL),
             Act::Stop => raise(Signal::STOP),
             Act::Exit => exit(0),
-            Act::Cut => {
-                let down = Command::new("ip").args(["link", "set", LINK, "down"]).status();
-                assert!(down.unwrap().success());
-            }
+            Act::Cut => set_link(&link_of(self.failure.node(self.rank)), "down"),
         }
     }
 }
@@ -405,6 +397,16 @@ struct Namespace {
 /// The link's name on that node.
 const LINK: &str = "rail";
 
+/// What `node` is connected by, as its ranks call it.
+fn link_of(node: usize) -> String {
+    // Nodes that have devices are on one machine.
+    if is_over_rdma() { format!("v{node}") } else { LINK.into() }
+}
+
+fn set_link(link: &str, state: &str) {
+    assert!(Command::new("ip").args(["link", "set", link, state]).status().unwrap().success());
+}
+
 impl Namespace {
     fn new(number: u8) -> Self {
         let (id, third) = (std::process::id(), (std::process::id() % 200) as u8);
@@ -445,10 +447,14 @@ impl Failure {
         self.nodes * self.ranks_per_node
     }
 
+    fn node(&self, rank: usize) -> usize {
+        rank / self.ranks_per_node
+    }
+
     /// Ranks that share the victim's fate.
     fn is_lost(&self, rank: usize) -> bool {
         match self.act {
-            Act::Cut => rank / self.ranks_per_node == self.victim / self.ranks_per_node,
+            Act::Cut => self.node(rank) == self.node(self.victim),
             _ => rank == self.victim,
         }
     }
@@ -474,13 +480,22 @@ impl Failure {
     }
 
     fn test(&self, number: u8) {
-        let namespace = (self.act == Act::Cut).then(|| Namespace::new(number));
+        let namespace = (self.act == Act::Cut && !is_over_rdma()).then(|| Namespace::new(number));
         let name = |rank: usize| namespace.as_ref().filter(|_| self.is_lost(rank)).map(|ns| ns.name.clone());
         let host = namespace.as_ref().map_or(Ipv4Addr::LOCALHOST, |ns| ns.host);
         let part = Part::Fails(*self);
         let start = Start { world_size: self.world_size(), part: &part, host, namespace: &name };
         let mut processes = Processes::start(&start);
         let heard = self.run(&mut processes);
+        if self.act == Act::Cut && is_over_rdma() {
+            let node = self.node(self.victim);
+            set_link(&link_of(node), "up");
+            let (device, end) = (format!("rxe{node}"), Instant::now() + LIMIT);
+            while !RdmaSysfs::default().is_active(&device, 1) {
+                assert!(Instant::now() < end, "{device} is not active again");
+                thread::sleep(Duration::from_millis(10));
+            }
+        }
         heard.check(self);
         assert_eq!(processes.leftovers(), Vec::<String>::new(), "{self:?}");
     }
@@ -538,7 +553,7 @@ fn check_not_joined(failure: &Failure, said: &Said, survives: bool) {
     });
     let mut named = alone.chain([format!("Missing {{ ranks: {lost:?}")]);
     assert!(named.any(|named| error.contains(&named)), "{failure:?}: {said:?}");
-    assert!(*after < DEADLINE + LATE, "{failure:?}: {said:?}");
+    assert!(*after < DEADLINE + late(), "{failure:?}: {said:?}");
 }
 
 fn check_fault(failure: &Failure, acted: &Said, said: &Said, survives: bool) {
@@ -546,11 +561,13 @@ fn check_fault(failure: &Failure, acted: &Said, said: &Said, survives: bool) {
     if !survives {
         return;
     }
-    let Fault { rank, wait, .. } = fault;
+    let Fault { rank, wait, cause, reporter, .. } = fault;
+    // Who has lost its own link blames nobody else.
+    let awaited = |peer| if matches!(cause, Cause::Link(_)) { rank == reporter } else { peer == *rank };
     assert!(failure.is_lost(*rank), "{failure:?}: {fault}");
-    assert!(wait.is_some_and(|wait| wait.peer == *rank), "{failure:?}: {fault}");
+    assert!(wait.is_some_and(|wait| awaited(wait.peer)), "{failure:?}: {fault}");
     let after = Duration::from_micros(said.at.saturating_sub(acted.at));
-    assert!(after < DEADLINE + LATE, "{failure:?}, rank {} after {after:?}: {fault}", said.rank);
+    assert!(after < DEADLINE + late(), "{failure:?}, rank {} after {after:?}: {fault}", said.rank);
 }
 
 /// Several worlds at a time.
@@ -603,6 +620,10 @@ fn a_node_that_is_cut_off_is_named_and_done_without() {
         return println!("only root can cut off a node");
     }
     let mut all_of = failures(&OPERATIONS, Act::Cut, 3);
+    if is_over_rdma() {
+        // Its ranks meet by another network, and worlds share the device.
+        return all_of.iter().for_each(|failure| failure.test(0));
+    }
     all_of.extend(failures(&WAY_IN[..5], Act::Cut, 3));
     all(all_of);
 }

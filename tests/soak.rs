@@ -11,9 +11,9 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use common::{Case, Random};
-use processes::{DEADLINE, Event, LATE, Processes, Said, killed, part, say, well};
+use processes::{DEADLINE, Event, Processes, Said, config, killed, late, part, say, well};
 use railhop::error::Fault;
-use railhop::{Combine, Communicator, Config, Error, ProcessWorld, RowFormat, RowShape, Topology};
+use railhop::{Combine, Communicator, Config, Error, ProcessWorld, RowFormat, RowShape};
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
@@ -31,14 +31,6 @@ struct Part {
     nodes: usize,
     ranks_per_node: usize,
     seed: u64,
-}
-
-fn config(nodes: usize, ranks_per_node: usize) -> Config {
-    let topology = Topology::new(nodes, ranks_per_node).unwrap();
-    let experts = 2 * topology.world_size();
-    let config = Config::builder(topology).experts(experts).max_hidden(512).max_topk(4).channels(2);
-    let config = config.worker_budget(2).ring_slots(8).chunk_tokens(2).pool_bytes(64 << 20);
-    config.deadline(DEADLINE).build().unwrap()
 }
 
 #[test]
@@ -265,7 +257,7 @@ impl Soak {
                         );
                         report.false_blames.push(told);
                     }
-                    if after > (DEADLINE + LATE).as_secs_f64() * 1000.0 {
+                    if after > (DEADLINE + late()).as_secs_f64() * 1000.0 {
                         report.late.push(format!("rank {} after {after} ms: {fault}", said.rank));
                     }
                 }

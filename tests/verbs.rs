@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use railhop::fabric::proxy::{Patience, ProxyThread};
-use railhop::fabric::rail::{Completion, NetworkRail, Rail as _, RailError, VerbsError};
+use railhop::fabric::rail::{Completion, NetworkRail, Rail as _, RailError, RdmaSysfs, VerbsError};
 use railhop::wire::posting::Posting;
 use railhop::wire::region::LANES;
 use railhop::wire::word::Word;
@@ -550,8 +550,7 @@ impl LinkDown {
 impl Drop for LinkDown {
     fn drop(&mut self) {
         Self::set(self.0, "up");
-        let state = "/sys/class/infiniband/rxe1/ports/1/state";
-        wait_until("the port", || std::fs::read_to_string(state).unwrap().contains("ACTIVE"));
+        wait_until("the port", || RdmaSysfs::default().is_active("rxe1", 1));
     }
 }
 
@@ -562,7 +561,8 @@ fn a_link_that_is_cut_is_reported_at_both_ends() {
     let _down = LinkDown::new("v1");
     let (peer, reason) = ranks[1].ear.loss();
     assert_eq!(peer, 0);
-    assert!(reason.contains("device rxe1, port 1: IBV_EVENT_PORT_ERR (port error)"), "{reason}");
+    let expected = "the rail's own end is broken: device rxe1, port 1: IBV_EVENT_PORT_ERR (port error)";
+    assert_eq!(reason, expected);
     let reason = loss(&mut ranks[0], 1);
     assert!(reason.contains("RDMA WRITE to rank 1: IBV_WC_RETRY_EXC_ERR"), "{reason}");
     ranks[0].drained();

@@ -35,7 +35,7 @@ struct State {
     /// By rank, the ways by which something may still come from it.
     ways: Vec<usize>,
     /// By rank, why it can't be reached, where it has not just left.
-    failures: Vec<Option<String>>,
+    failures: Vec<Option<Cause>>,
     /// By rank, what it had started when it left, if it has said so.
     farewells: Vec<Option<Counted>>,
 }
@@ -163,17 +163,17 @@ impl Control {
     }
 
     /// The rail to `rank` carries nothing more: because it has failed, or is closed.
-    pub fn lose(&self, rank: usize, failure: Option<String>) {
+    pub fn lose(&self, rank: usize, failure: Option<Cause>) {
         match failure {
-            Some(reason) => self.fail(rank, reason),
+            Some(cause) => self.fail(rank, cause),
             None => self.close(rank),
         }
     }
 
     /// A way to `rank` has failed: for who needs it, the rank is gone.
-    fn fail(&self, rank: usize, reason: String) {
-        tracing::error!(rank, %reason, "a rank can't be reached");
-        lock(&self.state).failures[rank].get_or_insert(reason);
+    fn fail(&self, rank: usize, cause: Cause) {
+        tracing::error!(rank, ?cause, "a rank can't be reached");
+        lock(&self.state).failures[rank].get_or_insert(cause);
         self.depart(rank);
     }
 
@@ -184,7 +184,7 @@ impl Control {
 
     /// Why `rank` is gone.
     pub fn why_departed(&self, rank: usize) -> Cause {
-        lock(&self.state).failures[rank].clone().map_or(Cause::Departed, Cause::Rail)
+        lock(&self.state).failures[rank].clone().unwrap_or(Cause::Departed)
     }
 
     /// Meets all ranks and raises the generation. The caller has no run left. When a rank has left, or the first

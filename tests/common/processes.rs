@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "every test file takes what it needs")]
 
 use std::collections::BTreeSet;
+use std::env;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, TcpListener};
@@ -16,16 +17,23 @@ use std::time::{Duration, Instant, SystemTime};
 
 use railhop::bootstrap::{Member, Store, StoreConfig};
 use railhop::error::Fault;
+use railhop::{Carrier, Config, Network, Topology, Verbs};
 use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 
 /// The deadline of every wait in these worlds.
 pub const DEADLINE: Duration = Duration::from_secs(2);
 
-/// How much later than that the last survivor may know.
-pub const LATE: Duration = Duration::from_secs(1);
+/// How much later than that the last survivor may know. Devices that are not emulated are nowhere that these tests run,
+/// and an emulated machine takes seconds for what a real one does at once.
+pub fn late() -> Duration {
+    Duration::from_secs(if is_over_rdma() { 10 } else { 1 })
+}
 
 const PART: &str = "RAILHOP_TEST_PART";
+
+/// What carries hop 1, if not TCP: `verbs`, with a device `rxe0`, `rxe1`, … for each node.
+const CARRIER: &str = "RAILHOP_TEST_CARRIER";
 
 /// What a rank says.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -69,8 +77,31 @@ pub fn say(rank: usize, event: Event) {
 
 /// In a rank's process: what the test wants of it.
 pub fn part<T: for<'de> Deserialize<'de>>() -> T {
-    let text = std::env::var(PART).expect("started by another test");
+    let text = env::var(PART).expect("started by another test");
     serde_json::from_str(&text).expect("written by another test")
+}
+
+/// In a rank's process: the configuration of a world of this shape. Rings are small, so that operations wait for them.
+pub fn config(nodes: usize, ranks_per_node: usize) -> Config {
+    let topology = Topology::new(nodes, ranks_per_node).unwrap();
+    let experts = 2 * topology.world_size();
+    let config = Config::builder(topology).experts(experts).max_hidden(512).max_topk(4).channels(2);
+    let config = config.worker_budget(2).ring_slots(8).chunk_tokens(2).pool_bytes(64 << 20);
+    config.network(network(ranks_per_node)).deadline(DEADLINE).build().unwrap()
+}
+
+/// Whether worlds of several nodes are to run over RDMA.
+pub fn is_over_rdma() -> bool {
+    env::var(CARRIER).is_ok_and(|carrier| carrier == "verbs")
+}
+
+fn network(ranks_per_node: usize) -> Network {
+    if is_over_rdma() {
+        let node = Member::from_environment().map_or(0, |member| member.rank / ranks_per_node);
+        let verbs = Verbs { device: Some(format!("rxe{node}")), ..Verbs::default() };
+        return Network { carrier: Carrier::Verbs, verbs, ..Network::default() };
+    }
+    Network { carrier: Carrier::Tcp, ..Network::default() }
 }
 
 /// In a rank's process: the store's configuration.
@@ -183,7 +214,7 @@ impl Drop for Processes {
 }
 
 fn command<T: Serialize>(start: &Start<T>, rank: usize, port: u16) -> Command {
-    let test = std::env::current_exe().unwrap();
+    let test = env::current_exe().unwrap();
     let mut command = match (start.namespace)(rank) {
         None => Command::new(test),
         Some(namespace) => {
@@ -195,7 +226,8 @@ fn command<T: Serialize>(start: &Start<T>, rank: usize, port: u16) -> Command {
     let part = serde_json::to_string(start.part).expect("it can be written");
     let (size, store) = (start.world_size.to_string(), format!("{}:{port}", start.host));
     command.args(["--exact", "a_rank_of_its_own", "--ignored", "--nocapture"]).env_clear();
-    command.env("PATH", std::env::var_os("PATH").unwrap_or_default());
+    let kept = ["PATH", CARRIER].into_iter().filter_map(|name| Some((name, env::var_os(name)?)));
+    command.envs(kept);
     command.env("RAILHOP_RANK", rank.to_string()).env("RAILHOP_LOCAL_RANK", rank.to_string());
     command.env("RAILHOP_WORLD_SIZE", &size).env("RAILHOP_LOCAL_SIZE", &size);
     command.env("RAILHOP_STORE", &store).env("RAILHOP_JOB_ID", store).env(PART, part);

@@ -147,7 +147,8 @@ impl<'a> Monitor<'a> {
     fn sudden(&mut self, runs: &[Arc<Run>]) -> Option<Fault> {
         for run in runs {
             if let Some(rank) = self.missing_for_good(run) {
-                return Some(run.silent_fault(rank, self.world.control.why_departed(rank)));
+                let cause = self.world.control.why_departed(rank);
+                return Some(run.silent_fault(cause.culprit(run.rank, rank), cause));
             }
             if let Some(why) = self.world.rank(run.rank).proxy_failure() {
                 return Some(run.silent_fault(run.rank, Cause::Proxy(why)));
@@ -225,7 +226,8 @@ impl<'a> Monitor<'a> {
             true => control.why_departed(wait.peer),
             false => Cause::Deadline(world.config.deadline),
         };
-        let fault = Fault { rank: wait.peer, cause, reporter, kind, epoch: record.epoch, wait: Some(wait) };
+        let rank = cause.culprit(reporter, wait.peer);
+        let fault = Fault { rank, cause, reporter, kind, epoch: record.epoch, wait: Some(wait) };
         Some((fault, known))
     }
 }

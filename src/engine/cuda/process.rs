@@ -19,7 +19,7 @@ use crate::device::cuda::{CudaDriver, ExportedMemory, ImportedMemory};
 use crate::engine::completion::lock;
 use crate::engine::control::Control;
 use crate::engine::join::{Hop1, JoinError, Joined, Member, Neighbour, Nic, Place, join};
-use crate::error::{DeviceError, Error};
+use crate::error::{Cause, DeviceError, Error};
 use crate::fabric::rail::{
     Listener, Mirror, MirroredRail, MirroredRegion, NetworkRail, NicMemory, Rail, RailError, TcpPeer, TcpRail,
 };
@@ -199,7 +199,7 @@ impl Listener for Ears {
     fn signalled(&self) {}
 
     fn lost(&self, peer: usize, failure: Option<RailError>) {
-        self.control.lose(peer, failure.map(|error| error.to_string()));
+        self.control.lose(peer, failure.map(Cause::from));
         self.bell.ring();
     }
 }

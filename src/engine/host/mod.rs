@@ -315,7 +315,7 @@ impl Listener for Ears {
     }
 
     fn lost(&self, peer: usize, failure: Option<RailError>) {
-        self.control.lose(peer, failure.map(|error| error.to_string()));
+        self.control.lose(peer, failure.map(Cause::from));
         self.doorbell.ring();
     }
 }

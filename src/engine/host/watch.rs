@@ -12,7 +12,14 @@ use crate::wire::region::LANES;
 pub(super) fn fault(run: &Run, wait: Wait, cause: Cause) -> Fault {
     let started = run.op.started();
     let (kind, epoch) = (started.kind, started.epoch);
-    Fault { rank: wait.peer, cause, reporter: run.rank, kind, epoch, wait: Some(wait) }
+    Fault {
+        rank: cause.culprit(run.rank, wait.peer),
+        cause,
+        reporter: run.rank,
+        kind,
+        epoch,
+        wait: Some(wait),
+    }
 }
 
 /// What operations wait for, and since when, by lane. Their channels have waits of their own: a receiver's for them says

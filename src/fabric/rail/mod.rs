@@ -33,7 +33,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::mapped::Mapped;
-use crate::error::DeviceError;
+use crate::error::{Cause, DeviceError};
 use crate::wire::posting::Posting;
 use crate::wire::word::Word;
 
@@ -192,13 +192,30 @@ pub enum RailError {
         /// What the transport says.
         reason: String,
     },
+    /// What connects this rank to everybody has failed.
+    #[error("the rail's own end is broken: {reason}")]
+    Cut {
+        /// A peer that is no longer reached.
+        peer: usize,
+        /// What the transport says.
+        reason: String,
+    },
 }
 
 impl RailError {
     /// The peer that is no longer reached.
     pub fn peer(&self) -> usize {
         match self {
-            Self::OutOfRange { peer, .. } | Self::Broken { peer, .. } => *peer,
+            Self::OutOfRange { peer, .. } | Self::Broken { peer, .. } | Self::Cut { peer, .. } => *peer,
+        }
+    }
+}
+
+impl From<RailError> for Cause {
+    fn from(error: RailError) -> Self {
+        match error {
+            RailError::Cut { reason, .. } => Self::Link(reason),
+            other => Self::Rail(other.to_string()),
         }
     }
 }

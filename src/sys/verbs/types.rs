@@ -364,6 +364,11 @@ constants! {
     EVENT_SRQ_ERR = 14;
 }
 
+/// Whether a request with this status has failed at the end that posted it, whatever the other did.
+pub(crate) fn is_local(status: c_uint) -> bool {
+    matches!(status, WC_LOC_LEN_ERR | WC_LOC_QP_OP_ERR | WC_LOC_PROT_ERR | WC_LOC_ACCESS_ERR | WC_FATAL_ERR)
+}
+
 /// C's name of a constant whose name begins with `prefix`; its number where the name is not known here.
 pub(crate) fn name_of(prefix: &str, value: c_uint) -> String {
     let mut names = CONSTANTS.iter().filter(|(name, other)| name.starts_with(prefix) && *other == value);

@@ -42,13 +42,12 @@ impl Device {
         let (name, port_number) = choose(config, preference, &list.names(), &sysfs)?;
         let context = Arc::new(list.open(&name)?);
         // SAFETY: plain numbers, for which zeros do.
-        let (mut limits, mut port) = unsafe { (zeroed::<sys::DeviceAttr>(), zeroed::<sys::PortAttr>()) };
+        let mut limits = unsafe { zeroed::<sys::DeviceAttr>() };
         // SAFETY: the device is open, and the attributes are ours.
         let status = unsafe { (library.query_device)(context.raw(), &mut limits) };
         check(&name, "ibv_query_device", status)?;
-        // SAFETY: as above.
-        let status = unsafe { (library.query_port)(context.raw(), port_number, &mut port) };
-        check(&name, "ibv_query_port", status)?;
+        let port = query_port(library, &context, port_number);
+        let port = port.map_err(|error| VerbsError::call(&name, "ibv_query_port", &error))?;
         let gid = sysfs.gid(&name, port_number, config.gid);
         if gid.is_none() && (port.link_layer == sys::LINK_LAYER_ETHERNET as u8 || config.gid.is_some()) {
             return Err(VerbsError::NoGid { device: name, port: port_number, wanted: config.gid });
@@ -59,6 +58,12 @@ impl Device {
     /// Whether packets need a global address because the network is Ethernet.
     pub(super) fn is_ethernet(&self) -> bool {
         self.port.link_layer == sys::LINK_LAYER_ETHERNET as u8
+    }
+
+    /// Whether its port carries data now.
+    pub(super) fn has_link(&self) -> bool {
+        let port = query_port(self.library, &self.context, self.port_number);
+        port.is_ok_and(|port| [sys::PORT_ACTIVE, sys::PORT_ACTIVE_DEFER].contains(&port.state))
     }
 
     pub(super) fn domain(&self) -> Result<Arc<Domain>, VerbsError> {
@@ -109,12 +114,21 @@ impl Device {
     }
 }
 
+fn query_port(library: &Library, context: &Context, port_number: u8) -> io::Result<sys::PortAttr> {
+    // SAFETY: plain numbers, for which zeros do.
+    let mut port = unsafe { zeroed::<sys::PortAttr>() };
+    // SAFETY: the device is open, and the attributes are ours.
+    ok(unsafe { (library.query_port)(context.raw(), port_number, &mut port) }).map(|()| port)
+}
+
+/// What an error number says.
+fn ok(status: c_int) -> io::Result<()> {
+    if status == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(status.abs())) }
+}
+
 /// What a call that returns an error number comes to.
 pub(super) fn check(device: &str, call: &'static str, status: c_int) -> Result<(), VerbsError> {
-    match status {
-        0 => Ok(()),
-        status => Err(VerbsError::call(device, call, &io::Error::from_raw_os_error(status.abs()))),
-    }
+    ok(status).map_err(|error| VerbsError::call(device, call, &error))
 }
 
 /// The device, and its port.

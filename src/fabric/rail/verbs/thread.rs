@@ -147,8 +147,7 @@ impl Worker {
         let mut traffic = self.shared.traffic();
         for &(number, status) in failures {
             if let Some(lane) = traffic.lane_of(number) {
-                let reason = traffic.explain("receive, beside RDMA WRITE", lane, status);
-                traffic.lose_lane(lane, &reason);
+                traffic.fail(lane, "receive, beside RDMA WRITE", status);
             }
         }
     }
@@ -235,7 +234,7 @@ impl Worker {
         match kind {
             sys::EVENT_QP_FATAL | sys::EVENT_QP_REQ_ERR | sys::EVENT_QP_ACCESS_ERR => {
                 if let Some(lane) = traffic.lane_at(pair) {
-                    traffic.lose_lane(lane, &reason);
+                    traffic.lose_lane(lane, &reason, false);
                 }
             }
             sys::EVENT_PORT_ERR if port == c_int::from(self.port) => traffic.lose_all(&reason),

@@ -156,7 +156,7 @@ impl Traffic {
             // SAFETY: registered as long as `self`; undisturbed by the contract of `new`.
             if let Err(error) = unsafe { lane.flush(&mut self.chain, &ends, index as u64) } {
                 let error = std::io::Error::from_raw_os_error(error);
-                self.lose_lane(index, &format!("ibv_post_send: {error}"));
+                self.lose_lane(index, &format!("ibv_post_send: {error}"), false);
             }
         }
     }
@@ -189,7 +189,7 @@ impl Traffic {
             return;
         }
         if done.status != sys::WC_SUCCESS {
-            return self.lose_lane(index, &self.explain("RDMA WRITE", index, done.status));
+            return self.fail(index, "RDMA WRITE", done.status);
         }
         lane.complete(&mut self.ready);
         if lane.is_full() {
@@ -243,36 +243,45 @@ impl Traffic {
         self.lanes.iter().position(|lane| lane.pair.raw() == pair)
     }
 
-    /// What to say of a request that failed.
-    pub(super) fn explain(&self, request: &str, lane: usize, status: u32) -> String {
+    /// A request on a lane has failed with this status.
+    pub(super) fn fail(&mut self, lane: usize, request: &str, status: u32) {
         // SAFETY: it takes any number.
         let meaning = text(unsafe { (self.device.library.wc_status_str)(status) });
         let rank = self.peers[self.lanes[lane].peer].rank;
-        format!("{request} to rank {rank}: {} ({meaning})", sys::name_of("IBV_WC_", status))
+        let reason = format!("{request} to rank {rank}: {} ({meaning})", sys::name_of("IBV_WC_", status));
+        self.lose_lane(lane, &reason, sys::is_local(status));
     }
 
-    /// A lane has failed, and its peer with it: a rank is not reached by half of its queues.
-    pub(super) fn lose_lane(&mut self, lane: usize, reason: &str) {
+    /// A lane has failed, and its peer with it: a rank is not reached by half of its queues. It `is_local` if this end is
+    /// known to be the cause, as it is, too, where the port has no link.
+    pub(super) fn lose_lane(&mut self, lane: usize, reason: &str, is_local: bool) {
+        let Device { name, port_number, .. } = &self.device;
         let number = self.lanes[lane].pair.number();
-        let reason = format!("device {}, queue pair {number}: {reason}", self.device.name);
-        self.lose(self.lanes[lane].peer, reason);
+        let has_link = self.device.has_link();
+        let link = if has_link { String::new() } else { format!(", port {port_number} has no link") };
+        let reason = format!("device {name}{link}, queue pair {number}: {reason}");
+        self.lose(self.lanes[lane].peer, |peer| match is_local || !has_link {
+            true => RailError::Cut { peer, reason },
+            false => RailError::Broken { peer, reason },
+        });
     }
 
     /// The device has failed.
     pub(super) fn lose_all(&mut self, reason: &str) {
         let Device { name, port_number, .. } = &self.device;
         let reason = format!("device {name}, port {port_number}: {reason}");
-        (0..self.peers.len()).for_each(|peer| self.lose(peer, reason.clone()));
+        let cut = |peer| RailError::Cut { peer, reason: reason.clone() };
+        (0..self.peers.len()).for_each(|peer| self.lose(peer, cut));
     }
 
     /// The first reason counts: what follows is its consequence.
-    fn lose(&mut self, peer: usize, reason: String) {
+    fn lose(&mut self, peer: usize, error: impl FnOnce(usize) -> RailError) {
         let Peer { rank, lost, lanes, .. } = &mut self.peers[peer];
         if std::mem::replace(lost, true) {
             return;
         }
         self.lanes[lanes.clone()].iter_mut().for_each(|lane| lane.end(&mut self.ready));
-        self.losses.push((*rank, RailError::Broken { peer: *rank, reason }));
+        self.losses.push((*rank, error(*rank)));
     }
 
     /// Losses that the listener has not been told of.
