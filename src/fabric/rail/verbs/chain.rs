@@ -26,6 +26,13 @@ pub(super) struct Place {
     pub(super) key: u32,
 }
 
+impl Place {
+    /// The place so many bytes further on.
+    pub(super) fn at(self, offset: usize) -> Self {
+        Self { address: self.address + offset as u64, ..self }
+    }
+}
+
 /// A request with all it points to.
 struct Request {
     raw: sys::SendWr,

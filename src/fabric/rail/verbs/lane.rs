@@ -10,9 +10,11 @@ use super::pair::{QueuePair, Room};
 use crate::fabric::rail::Completion;
 use crate::wire::posting::Posting;
 
-/// Up to this size, data that lies one behind the other at the peer goes as one write. The cost of a message no longer
-/// shows in one as large, and to gather more would only hold back the first signal.
-const GATHER_BYTES: usize = 64 << 10;
+/// Data that waits for one signal at most, which then says all of it: of peers that poll, and of those that sleep. The
+/// cost of a message no longer shows in one as large as the first, and more would only hold back a signal. To be woken
+/// takes as long as the second takes on fast networks, and costs a core's time.
+const POLLED_BYTES: usize = 64 << 10;
+const WOKEN_BYTES: usize = 256 << 10;
 
 /// The two memories of a lane's writes, and what a request may hold.
 #[derive(Debug, Clone, Copy)]
@@ -87,11 +89,7 @@ impl Lane {
     pub(super) unsafe fn flush(&mut self, chain: &mut Chain, ends: &Ends, id: u64) -> Result<(), c_int> {
         chain.clear();
         let mut open = Batch::default();
-        while let Some(run) = Run::first(&self.outbox, ends) {
-            if self.used + run.requests > ends.room.requests {
-                break;
-            }
-            run.build(&self.outbox, ends, chain);
+        while let Some(run) = Run::build(&self.outbox, ends, ends.room.requests - self.used, chain) {
             let completions =
                 self.outbox.drain(..run.postings).filter_map(|posting| Completion::of(&posting));
             let before = self.completions.len();
@@ -136,53 +134,77 @@ impl Lane {
     }
 }
 
-/// Postings at the front of an outbox that go as one write and one signal.
+/// Postings at the front of an outbox that go with one signal, for the last index covers the ones before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Run {
     postings: usize,
-    bytes: usize,
+    /// Those of the data, and the signal.
     requests: usize,
 }
 
-impl Run {
-    /// The first run: postings of one word whose data lies one behind the other at the peer. The last index covers the
-    /// ones before it.
-    fn first(outbox: &VecDeque<Posting>, ends: &Ends) -> Option<Self> {
-        let first = outbox.front()?;
-        let (mut postings, mut bytes) = (1, first.bytes);
-        let most = GATHER_BYTES.min(ends.max_message);
-        for next in outbox.iter().skip(1) {
-            let same = next.word == first.word && (next.bytes > 0) == (first.bytes > 0);
-            let behind = first.bytes == 0 || next.target == first.target + bytes;
-            let fits = first.bytes == 0 || (postings < ends.room.pieces && bytes + next.bytes <= most);
-            if !(same && behind && fits) {
+/// Postings whose data goes by one write, for it lies one behind the other at the peer; or one posting, by as many writes
+/// as it takes.
+#[derive(Debug, Clone, Copy)]
+struct Write {
+    first: usize,
+    postings: usize,
+    bytes: usize,
+}
+
+impl Write {
+    /// From the posting `first` on, of one word; no more than `most` bytes if there are several.
+    fn at(outbox: &VecDeque<Posting>, first: usize, most: usize, ends: &Ends) -> Self {
+        let Posting { target, word, bytes, .. } = outbox[first];
+        let mut write = Self { first, postings: 1, bytes };
+        for next in outbox.range(first + 1..) {
+            let bytes = write.bytes + next.bytes;
+            let is_behind = next.word == word && next.target == target + write.bytes && next.bytes > 0;
+            let fits = write.postings < ends.room.pieces && bytes <= most.min(ends.max_message);
+            if !(is_behind && fits) {
                 break;
             }
-            postings += 1;
-            bytes += next.bytes;
+            write = Self { first, postings: write.postings + 1, bytes };
         }
-        Some(Self { postings, bytes, requests: requests(bytes, ends.max_message) })
+        write
     }
 
-    fn build(&self, outbox: &VecDeque<Posting>, ends: &Ends, chain: &mut Chain) {
-        let (first, last) = (&outbox[0], &outbox[self.postings - 1]);
-        let at = |place: Place, offset: usize| Place { address: place.address + offset as u64, ..place };
+    fn build(self, outbox: &VecDeque<Posting>, ends: &Ends, chain: &mut Chain) {
+        let Posting { source, target, .. } = outbox[self.first];
         let piece = |source: usize, bytes: usize| {
-            let Place { address, key } = at(ends.source, source);
+            let Place { address, key } = ends.source.at(source);
             Piece { address, bytes: bytes as u32, key }
         };
-        if self.postings > 1 && self.bytes > 0 {
-            let pieces =
-                outbox.iter().take(self.postings).map(|posting| piece(posting.source, posting.bytes));
-            chain.put(pieces, at(ends.target, first.target));
-        } else {
-            for done in (0..self.bytes).step_by(ends.max_message) {
-                let bytes = ends.max_message.min(self.bytes - done);
-                let pieces = std::iter::once(piece(first.source + done, bytes));
-                chain.put(pieces, at(ends.target, first.target + done));
-            }
+        if self.postings > 1 {
+            let postings = outbox.range(self.first..self.first + self.postings);
+            let pieces = postings.map(|posting| piece(posting.source, posting.bytes));
+            return chain.put(pieces, ends.target.at(target));
         }
-        chain.signal(last.value.0, at(ends.target, last.word), ends.wakes);
+        for done in (0..self.bytes).step_by(ends.max_message) {
+            let bytes = ends.max_message.min(self.bytes - done);
+            chain.put(std::iter::once(piece(source + done, bytes)), ends.target.at(target + done));
+        }
+    }
+}
+
+impl Run {
+    /// The first run of which `room` requests are enough for something, appended to `chain`.
+    fn build(outbox: &VecDeque<Posting>, ends: &Ends, room: usize, chain: &mut Chain) -> Option<Self> {
+        let word = outbox.front()?.word;
+        let mut left = if ends.wakes { WOKEN_BYTES } else { POLLED_BYTES };
+        let mut run = Self { postings: 0, requests: 1 };
+        while outbox.get(run.postings).is_some_and(|next| next.word == word) {
+            let write = Write::at(outbox, run.postings, left, ends);
+            let requests = run.requests + write.bytes.div_ceil(ends.max_message);
+            if requests > room || (run.postings > 0 && write.bytes > left) {
+                break;
+            }
+            write.build(outbox, ends, chain);
+            run = Self { postings: run.postings + write.postings, requests };
+            left = left.saturating_sub(write.bytes);
+        }
+        let last = outbox[run.postings.checked_sub(1)?];
+        chain.signal(last.value.0, ends.target.at(last.word), ends.wakes);
+        Some(run)
     }
 }
 
@@ -208,20 +230,42 @@ mod tests {
         Posting { peer: 1, queue: 0, source: 0, target, bytes, word, completion: None, value: Word(1) }
     }
 
-    fn first(outbox: &[Posting]) -> (usize, usize, usize) {
-        let run = Run::first(&outbox.iter().copied().collect(), &ENDS).unwrap();
-        (run.postings, run.bytes, run.requests)
+    /// What goes first of `outbox`: how many postings, by how many requests.
+    fn first(ends: &Ends, outbox: &[Posting]) -> (usize, usize) {
+        let mut chain = Chain::new(ends.room.requests);
+        let outbox = outbox.iter().copied().collect();
+        let run = Run::build(&outbox, ends, ends.room.requests, &mut chain);
+        assert_eq!(run.map_or(0, |run| run.requests), chain.len());
+        run.map_or((0, 0), |run| (run.postings, run.requests))
     }
 
     #[test]
-    fn what_lies_one_behind_the_other_at_the_peer_is_gathered() {
-        assert_eq!(first(&[put(0, 100, 8), put(100, 200, 8), put(300, 1, 8)]), (3, 301, 2));
-        assert_eq!(first(&[put(0, 100, 8), put(100, 1, 8), put(101, 1, 8), put(102, 1, 8)]).0, 3, "pieces");
-        assert_eq!(first(&[put(0, 600, 8), put(600, 401, 8)]).0, 1, "too large");
-        assert_eq!(first(&[put(0, 100, 8), put(100, 200, 16)]).0, 1, "another word");
-        assert_eq!(first(&[put(0, 100, 8), put(200, 200, 8)]).0, 1, "not behind");
-        assert_eq!(first(&[put(0, 100, 8), put(0, 0, 8)]).0, 1, "no data");
-        assert_eq!(first(&[put(0, 0, 8); 7]), (7, 0, 1), "the last index says it all");
-        assert_eq!(first(&[put(0, 2001, 8)]), (1, 2001, 4), "cut");
+    fn what_lies_one_behind_the_other_at_the_peer_goes_by_one_write() {
+        let first = |outbox: &[Posting]| first(&ENDS, outbox);
+        assert_eq!(first(&[put(0, 100, 8), put(100, 200, 8), put(300, 1, 8)]), (3, 2));
+        assert_eq!(
+            first(&[put(0, 100, 8), put(100, 1, 8), put(101, 1, 8), put(102, 1, 8)]),
+            (4, 3),
+            "pieces"
+        );
+        assert_eq!(first(&[put(0, 600, 8), put(600, 401, 8)]), (2, 3), "too large");
+        assert_eq!(first(&[put(0, 100, 8), put(100, 200, 16)]), (1, 2), "another word");
+        assert_eq!(first(&[put(0, 100, 8), put(200, 200, 8)]), (2, 3), "not behind");
+        assert_eq!(first(&[put(0, 100, 8), put(0, 0, 8)]), (2, 2), "no data");
+        assert_eq!(first(&[put(0, 0, 8); 7]), (7, 1), "the last index says it all");
+        assert_eq!(first(&[put(0, 2001, 8)]), (1, 4), "cut");
+        assert_eq!(first(&[]), (0, 0));
+    }
+
+    #[test]
+    fn a_signal_waits_for_so_much_data_and_no_more() {
+        let ends = Ends { max_message: 1 << 30, ..ENDS };
+        let apart: Vec<_> = (0..6).map(|i| put(i << 20, 60_000, 8)).collect();
+        assert_eq!(first(&ends, &apart), (1, 2));
+        assert_eq!(first(&Ends { wakes: true, ..ends }, &apart), (4, 5));
+        assert_eq!(first(&ends, &[put(0, 1 << 20, 8), put(1 << 20, 1, 8)]), (1, 2), "more than that at once");
+        let room = Room { requests: 3, pieces: 3 };
+        assert_eq!(first(&Ends { wakes: true, room, ..ends }, &apart), (2, 3), "as far as there is room");
+        assert_eq!(first(&Ends { room: Room { requests: 1, pieces: 3 }, ..ends }, &apart), (0, 0));
     }
 }
