@@ -16,6 +16,7 @@ mod linux {
     use std::time::{Duration, Instant};
 
     use clap::{Parser, Subcommand};
+    use railhop::Network;
     use railhop::fabric::mapped::Mapped;
     use railhop::fabric::rail::{Listener, NetworkRail, Rail, RailError, TcpPeer, TcpRail};
     use railhop::wire::posting::Posting;
@@ -23,9 +24,9 @@ mod linux {
 
     /// A BF16 token of 7168 elements.
     const SLOT: usize = 14336;
-    const SLOTS: u64 = 16;
+    const SLOTS: u64 = Network::RING_SLOTS as u64;
     /// Slots that are posted at once.
-    const CHUNK: u64 = 4;
+    const CHUNK: u64 = Network::CHUNK_TOKENS as u64;
     const RING: usize = SLOT * SLOTS as usize;
 
     /// Words have a line each.
@@ -234,7 +235,11 @@ mod linux {
         // One after the other: they are accepted in this order.
         let connections: io::Result<_> = (0..streams).map(|_| connect(address)).collect();
         let rate = End::new(0, connections?)?.send(streams, Duration::from_secs_f64(seconds))?;
-        println!("{}", serde_json::json!({ "streams": streams, "gbit_s": 8e-9 * rate }));
+        let chunk = SLOT as u64 * CHUNK;
+        println!(
+            "{}",
+            serde_json::json!({ "gbit_s": 8e-9 * rate, "chunk_bytes": chunk, "ring_bytes": RING })
+        );
         Ok(())
     }
 

@@ -138,6 +138,14 @@ pub struct Verbs {
     pub class: (u8, u8),
 }
 
+impl Network {
+    /// [`ConfigBuilder::chunk_tokens`] and [`ConfigBuilder::ring_slots`] that do well where hop 1 crosses a network: a chunk
+    /// costs system calls and wake-ups at both ends.
+    pub const CHUNK_TOKENS: usize = 8;
+    /// See [`Network::CHUNK_TOKENS`].
+    pub const RING_SLOTS: usize = 32;
+}
+
 impl Default for Network {
     fn default() -> Self {
         Self { carrier: Carrier::Any, interface: None, connections: 2, verbs: Verbs::default() }

@@ -18,13 +18,19 @@ use railhop::wire::word::Word;
 /// No wait may take longer: an emulated machine is slow.
 pub const LIMIT: Duration = Duration::from_secs(60);
 
+const PAGE: usize = 4096;
+
 /// Memory that is never freed, so that no device outlives it.
 #[derive(Clone, Copy)]
 pub struct Memory(&'static [AtomicU64]);
 
 impl Memory {
+    /// Aligned to pages, as regions are.
     pub fn new(bytes: usize) -> Self {
-        Self(Vec::leak((0..bytes.div_ceil(8)).map(|_| AtomicU64::new(0)).collect()))
+        let (words, page) = (bytes.div_ceil(8), PAGE / 8);
+        let all: &'static [AtomicU64] = Vec::leak((0..words + page).map(|_| AtomicU64::new(0)).collect());
+        let first = all.as_ptr().align_offset(PAGE);
+        Self(&all[first..first + words])
     }
 
     pub fn word(&self, offset: usize) -> &'static AtomicU64 {

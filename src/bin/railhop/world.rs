@@ -15,9 +15,6 @@ use crate::options::NetworkArgs;
 /// The world of one process, unless another is asked for.
 const DEFAULT_WORLD: (usize, usize) = (2, 4);
 
-/// Tokens of a chunk, and slots of a ring, between nodes: a chunk costs system calls and wake-ups at both ends.
-const NETWORK_RING: (usize, usize) = (8, 32);
-
 type Failure = Box<dyn Error + Send + Sync>;
 
 /// Which ranks there are, and where.
@@ -119,10 +116,9 @@ impl Place {
             None => builder,
             Some(member) => {
                 let builder = builder.channels(1).worker_budget((cores() / self.here(member)).max(1));
-                let (chunk, ring) = NETWORK_RING;
                 match self.topology.nodes() {
                     1 => builder,
-                    _ => builder.chunk_tokens(chunk).ring_slots(ring),
+                    _ => builder.chunk_tokens(Network::CHUNK_TOKENS).ring_slots(Network::RING_SLOTS),
                 }
             }
         }
