@@ -47,7 +47,8 @@ fn process(member: &Member) -> Result<String, Failure> {
     // Channels are the same on all ranks, whatever their machines; workers are this rank's own.
     let network = Network { interface: member.interface.clone(), ..Network::default() };
     let topology = member.find_topology(&mut store, DEADLINE)?;
-    let config = config(topology)?.network(network).channels(1).worker_budget(1).build()?;
+    let config = config(topology)?.network(network).channels(1).worker_budget(1);
+    let config = config.chunk_tokens(Network::CHUNK_TOKENS).ring_slots(Network::RING_SLOTS).build()?;
     let communicator = ProcessWorld::join(&mut store, config)?;
     let line = layer(communicator)?;
     Ok(format!("{line}, process {}, started by {}", std::process::id(), member.launcher))
