@@ -185,8 +185,9 @@ pub struct Local {
 /// | job | `TORCHELASTIC_RUN_ID`, `TORCHELASTIC_RESTART_COUNT`, `MASTER_ADDR`, `MASTER_PORT` | `PMIX_NAMESPACE` | | `SLURM_JOB_ID`, `SLURM_STEP_ID` | `RAILHOP_JOB_ID` |
 ///
 /// Beside these, `RAILHOP_SECRET_FILE` names a file with the job's secret, and `RAILHOP_INTERFACE` the network by which
-/// ranks are reached: the address of one, `eth0`, or `10.0.0.0/16`, which may be the same on all machines. An empty variable is one that is not set. Launchers nest (Slurm starts `mpirun`, a job script starts
-/// torchrun), so the innermost counts: the order of the columns.
+/// ranks are reached: by the address of one, or by `eth0` or `10.0.0.0/16`, which may be the same on all machines. An empty
+/// variable is one that is not set. Launchers nest (Slurm starts `mpirun`, a job script starts torchrun), so the innermost
+/// counts: the order of the columns.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Member {
     /// Its rank.

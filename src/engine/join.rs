@@ -298,8 +298,8 @@ impl Joining<'_> {
     fn address(&self) -> Result<IpAddr, String> {
         let chosen = self.place.config.network().interface.as_ref().map(Interface::address);
         let known = chosen.transpose().map_err(|error| error.to_string())?;
-        let outward = || if self.topology().nodes() == 1 { None } else { outward() };
-        let found = known.or_else(|| self.bootstrap.own_address()).or_else(outward);
+        let beyond = || if self.topology().nodes() > 1 { outward() } else { None };
+        let found = known.or_else(|| self.bootstrap.own_address()).or_else(beyond);
         Ok(found.unwrap_or(Ipv4Addr::LOCALHOST.into()))
     }
 

@@ -14,6 +14,7 @@ mod replay;
 mod world;
 
 use std::error::Error;
+use std::io::{self, IsTerminal};
 use std::panic;
 use std::process::ExitCode;
 
@@ -70,7 +71,10 @@ fn main() -> ExitCode {
     // Failures are reported once, by the line on stderr; what the library logs is for those who ask.
     let filter =
         EnvFilter::builder().with_env_var("RAILHOP_LOG").with_default_directive(LevelFilter::OFF.into());
-    tracing_subscriber::fmt().with_env_filter(filter.from_env_lossy()).with_writer(std::io::stderr).init();
+    let logs = tracing_subscriber::fmt().with_env_filter(filter.from_env_lossy()).with_writer(io::stderr);
+    // Launchers and files want no colours.
+    let logs = if io::stderr().is_terminal() { logs } else { logs.with_ansi(false) };
+    logs.init();
     match Cli::try_parse() {
         Ok(cli) => cli.command.run().unwrap_or_else(|failure| {
             complain(failure);

@@ -317,22 +317,24 @@ mod tests {
         let (mesh, _far) = deaf(3);
         let answer = |id| mesh.note(1, Message::Answer { id, waits: Some(Default::default()) });
         let nothing = || Answer::Waits(LaneWaits::default());
+        let end = Instant::now() + Duration::from_secs(60);
         let until_asked = |id| {
             while !lock(&mesh.state).asked.contains_key(&id) {
+                assert!(Instant::now() < end, "question {id} is not asked");
                 thread::yield_now();
             }
         };
-        let (soon, late) =
-            (Instant::now() + Duration::from_millis(300), Instant::now() + Duration::from_secs(60));
         thread::scope(|scope| {
             // Rank 2 keeps the first waiting when all is over for the second.
-            let first = scope.spawn(|| mesh.ask(&[1, 2], soon));
+            let first = scope.spawn(|| mesh.ask(&[1, 2], end));
             until_asked(1);
-            let second = scope.spawn(|| mesh.ask(&[1], late));
+            let second = scope.spawn(|| mesh.ask(&[1], end));
             until_asked(2);
             answer(1);
             answer(2);
             assert_eq!(second.join().unwrap(), [nothing()]);
+            lock(&mesh.state).closed[2] = true;
+            mesh.changed.notify_all();
             assert_eq!(first.join().unwrap(), [nothing(), Answer::None]);
         });
         answer(1);

@@ -9,7 +9,7 @@ pub enum VerbsError {
     #[error("{0}; install libibverbs and the provider of the device (rdma-core)")]
     NoLibrary(String),
     /// There is no such device, or none at all.
-    #[error("no RDMA device{}: found {found:?}", .wanted.as_ref().map_or(String::new(), |name| format!(" {name}")))]
+    #[error("no RDMA device {}", absent(.wanted.as_deref(), found))]
     NoDevice {
         /// The device of the configuration.
         wanted: Option<String>,
@@ -80,6 +80,15 @@ pub enum VerbsError {
     /// The rail's thread can't be started.
     #[error("the rail's thread can't be started: {0}")]
     Thread(String),
+}
+
+/// What follows "no RDMA device".
+fn absent(wanted: Option<&str>, found: &[String]) -> String {
+    match (wanted, found.is_empty()) {
+        (None, _) => "is here".into(),
+        (Some(wanted), true) => format!("{wanted}, nor any other"),
+        (Some(wanted), false) => format!("{wanted}: found {found:?}"),
+    }
 }
 
 impl VerbsError {

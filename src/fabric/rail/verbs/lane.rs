@@ -158,7 +158,8 @@ impl Write {
         let mut write = Self { first, postings: 1, bytes };
         for next in outbox.range(first + 1..) {
             let bytes = write.bytes + next.bytes;
-            let is_behind = next.word == word && next.target == target + write.bytes && next.bytes > 0;
+            let has_data = write.bytes > 0 && next.bytes > 0;
+            let is_behind = has_data && next.word == word && next.target == target + write.bytes;
             let fits = write.postings < ends.room.pieces && bytes <= most.min(ends.max_message);
             if !(is_behind && fits) {
                 break;
@@ -251,7 +252,13 @@ mod tests {
         assert_eq!(first(&[put(0, 600, 8), put(600, 401, 8)]), (2, 3), "too large");
         assert_eq!(first(&[put(0, 100, 8), put(100, 200, 16)]), (1, 2), "another word");
         assert_eq!(first(&[put(0, 100, 8), put(200, 200, 8)]), (2, 3), "not behind");
-        assert_eq!(first(&[put(0, 100, 8), put(0, 0, 8)]), (2, 2), "no data");
+        assert_eq!(first(&[put(0, 100, 8), put(100, 0, 8)]), (2, 2), "no data");
+        assert_eq!(
+            first(&[put(0, 0, 8), put(0, 100, 8), put(100, 100, 8)]),
+            (3, 2),
+            "no data, and then some"
+        );
+        assert_eq!(first(&[put(0, 2000, 8), put(2000, 100, 8)]), (2, 4), "cut, and behind");
         assert_eq!(first(&[put(0, 0, 8); 7]), (7, 1), "the last index says it all");
         assert_eq!(first(&[put(0, 2001, 8)]), (1, 4), "cut");
         assert_eq!(first(&[]), (0, 0));
