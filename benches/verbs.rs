@@ -15,7 +15,7 @@ use std::time::Instant;
 use railhop::fabric::rail::{Rail as _, VerbsError};
 use railhop::wire::posting::Posting;
 use railhop::{Network, Verbs};
-use rdma::{Rank, World, connect, signal};
+use rdma::{Rank, World, connect, head, signal, tail};
 
 const CHUNK: usize = Network::CHUNK_TOKENS * 2 * 7168;
 
@@ -24,14 +24,6 @@ const WINDOW: u64 = (Network::RING_SLOTS / Network::CHUNK_TOKENS) as u64;
 
 /// Where rings begin: behind the index words.
 const RINGS: usize = 4096;
-
-fn tail(ring: usize) -> usize {
-    128 * ring
-}
-
-fn head(ring: usize) -> usize {
-    tail(ring) + 64
-}
 
 fn slot(ring: usize, chunk: u64) -> usize {
     RINGS + (ring as u64 * WINDOW + chunk % WINDOW) as usize * CHUNK

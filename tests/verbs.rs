@@ -22,7 +22,7 @@ use railhop::wire::posting::Posting;
 use railhop::wire::region::LANES;
 use railhop::wire::word::Word;
 use railhop::{Config, Topology, Verbs};
-use rdma::{Ear, Memory, Rank, Setup, World, connect, signal, wait_until};
+use rdma::{Ear, Memory, Rank, Setup, World, connect, head, signal, tail, wait_until};
 
 // ---- without a device
 
@@ -87,15 +87,6 @@ fn cards_that_cant_be_are_refused() {
 const SLOTS: u64 = 8;
 const SLOT: usize = 512;
 const QUEUES: usize = 6;
-
-/// Offsets of a queue's words in a region: each in a line of its own.
-fn tail(queue: usize) -> usize {
-    128 * queue
-}
-
-fn head(queue: usize) -> usize {
-    tail(queue) + 64
-}
 
 fn slot(queue: usize, message: u64) -> usize {
     4096 + (queue * SLOTS as usize + (message % SLOTS) as usize) * SLOT

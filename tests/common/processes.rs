@@ -24,8 +24,8 @@ use serde::{Deserialize, Serialize};
 /// The deadline of every wait in these worlds.
 pub const DEADLINE: Duration = Duration::from_secs(2);
 
-/// How much later than that the last survivor may know. Devices that are not emulated are nowhere that these tests run,
-/// and an emulated machine takes seconds for what a real one does at once.
+/// How much later than that the last survivor may know. Over RDMA these tests run in an emulated machine, which takes
+/// seconds for what a real one does at once.
 pub fn late() -> Duration {
     Duration::from_secs(if is_over_rdma() { 10 } else { 1 })
 }

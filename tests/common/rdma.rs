@@ -216,6 +216,16 @@ impl Rank {
     }
 }
 
+/// Offset of a queue's tail in a region: each word has a line of its own.
+pub fn tail(queue: usize) -> usize {
+    128 * queue
+}
+
+/// Offset of a queue's head in a region.
+pub fn head(queue: usize) -> usize {
+    tail(queue) + 64
+}
+
 /// A posting without data.
 pub fn signal(peer: usize, queue: usize, word: usize, value: u64) -> Posting {
     Posting { peer, queue, source: 0, target: 0, bytes: 0, word, completion: None, value: Word(value) }
